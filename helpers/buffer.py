@@ -1,0 +1,91 @@
+"""The memory buffer: what a training step needs of each response, stored without padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One response and what was learned of it. `old_logprobs` and `reference_logprobs`: (T,), in nats, or None."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    advantage: float
+    old_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Experiences side by side: prompt, response, then padding on the right.
+
+    input_ids: (B, L); prompt_lengths, advantages: (B,); mask: (B, T), True for response tokens;
+    old_logprobs, reference_logprobs: (B, T) with 0 in the padding, or None.
+    """
+
+    input_ids: Tensor
+    prompt_lengths: Tensor
+    mask: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    reference_logprobs: Tensor | None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device."""
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if v is not None})
+
+
+def pad(rows: Sequence[Tensor], value: float = 0) -> Tensor:
+    """Tensors of shape (T_i,) as one of (B, longest T_i), filled up on the right with `value`."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def collate(experiences: Sequence[Experience], pad_id: int = 0) -> Batch:
+    """Put padding back, just as much as this minibatch needs. `pad_id` may be any token: nothing ever reads it."""
+    responses = [len(e.response_ids) for e in experiences]
+
+    def column(name: str) -> Tensor | None:
+        values = [getattr(e, name) for e in experiences]
+        return None if values[0] is None else pad(values)
+
+    return Batch(
+        input_ids=pad([torch.tensor(e.prompt_ids + e.response_ids) for e in experiences], pad_id),
+        prompt_lengths=torch.tensor([len(e.prompt_ids) for e in experiences]),
+        mask=torch.arange(max(responses)) < torch.tensor(responses)[:, None],
+        advantages=torch.tensor([e.advantage for e in experiences]),
+        old_logprobs=column("old_logprobs"),
+        reference_logprobs=column("reference_logprobs"),
+    )
+
+
+class Buffer:
+    """Experiences of one or more rollouts, until it is full; then random minibatches of them."""
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"A buffer needs room for 1 experience or more, not {capacity}.")
+        self.capacity = capacity
+        self.experiences: list[Experience] = []
+
+    def __len__(self) -> int:
+        return len(self.experiences)
+
+    @property
+    def full(self) -> bool:
+        """Whether it holds as many experiences as it was made for."""
+        return len(self) >= self.capacity
+
+    def add(self, experiences: Sequence[Experience]) -> None:
+        """Store experiences. A whole rollout is kept, even if it goes beyond the capacity: groups are not torn."""
+        self.experiences.extend(experiences)
+
+    def minibatches(self, size: int, seed: int) -> list[list[Experience]]:
+        """All experiences in random order, in lists of `size`; the last may be shorter."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [[self.experiences[i] for i in order[at : at + size]] for at in range(0, len(self), size)]

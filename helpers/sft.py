@@ -1,0 +1,144 @@
+"""The warm-up: supervised fine-tuning on traces whose answer the verifier accepts."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from helpers.buffer import Experience, collate
+from helpers.logprobs import completion_logprobs
+from helpers.prompts import completion
+from helpers.rewards import format_reward
+from helpers.rollout import encode_prompt
+from helpers.runs import Run
+from helpers.tasks import Task
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """The warm-up's settings. Defaults: the article's 200 traces, at a LoRA learning rate.
+
+    batch_size traces make one update, minibatch_size of them go through the model at once. warmup and decay: shares
+    of the updates in which the learning rate rises from and falls to 0. checkpoint_every: updates.
+    """
+
+    traces: int = 200
+    epochs: int = 3
+    batch_size: int = 16
+    minibatch_size: int = 16
+    learning_rate: float = 2e-4
+    warmup: float = 0.05
+    decay: float = 0.5
+    max_grad_norm: float = 1.0
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("traces", "epochs", "batch_size", "minibatch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sft.{name} must be 1 or more, not {getattr(self, name)}.")
+        if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.learning_rate > 0 and self.max_grad_norm > 0):
+            raise ValueError(
+                "sft.warmup and sft.decay are shares from 0 to 1; learning_rate and max_grad_norm are above 0."
+            )
+
+    @property
+    def steps(self) -> int:
+        """Updates in all."""
+        return self.epochs * -(-self.traces // self.batch_size)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of update `step` (from 0): up in a line, level, then down in a line."""
+        rising = (step + 1) / max(1.0, self.warmup * self.steps)
+        falling = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return self.learning_rate * min(1.0, rising, falling)
+
+
+def encode_traces(
+    tokenizer: PreTrainedTokenizerBase, task: Task, traces: Sequence[tuple[str, str]]
+) -> list[Experience]:
+    """(thinking, answer) pairs, one for each question of the task, as token ids that end with end-of-text.
+
+    A trace is taken only if its answer scores 1 and its tags are in order. Raises ValueError if none is left.
+    """
+    encoded = []
+    for example, (thinking, answer) in zip(task, traces, strict=True):
+        text = completion(thinking, answer)
+        if task.score(answer, example) == 1.0 and format_reward(text) == 1.0:
+            response = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            encoded.append(Experience(encode_prompt(tokenizer, example.question), response, advantage=0.0))
+    if not encoded:
+        raise ValueError(f"The verifier accepts none of the {len(task)} traces; check their answers and tags.")
+    return encoded
+
+
+def sft(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    config: SFTConfig,
+    *,
+    traces: Sequence[tuple[str, str]] | None = None,
+    accelerator: Accelerator | None = None,
+    run: Run | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Fine-tune a model in place to write the traces: by default the offline teacher's for `task`.
+
+    The loss is minus the mean log-prob of the completion tokens, end-of-text included; prompts are not in it.
+    With a run, logs and checkpoints go there and a stopped warm-up goes on. Returns a dict of metrics an update.
+    """
+    accelerator = accelerator or Accelerator()
+    traces = traces or [(task.thinking(example), example.answer) for example in task]
+    data = encode_traces(tokenizer, task, traces)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0))
+    done = run.resume("sft", model, optimizer) if run else 0
+    order: list[int] = []
+    history = []
+    per_epoch = -(-len(data) // config.batch_size)
+    model.train()
+    bar = tqdm(range(config.epochs * per_epoch), desc="warm-up", initial=done, disable=not progress)
+    for step in range(config.epochs * per_epoch):
+        if step % per_epoch == 0:  # each epoch in an order of its own, the same whenever the run is resumed
+            order = random.Random(f"{seed} {step // per_epoch}").sample(range(len(data)), len(data))
+        if step < done:
+            continue
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(step)
+        at = step % per_epoch * config.batch_size
+        batch = sorted((data[i] for i in order[at : at + config.batch_size]), key=len)
+        tokens = sum(len(e.response_ids) for e in batch)
+        total = 0.0
+        for start in range(0, len(batch), config.minibatch_size):
+            part = collate(batch[start : start + config.minibatch_size]).to(accelerator.device)
+            with accelerator.autocast():
+                logprobs, _ = completion_logprobs(model, part.input_ids, part.prompt_lengths, part.mask)
+            loss = -logprobs.sum() / tokens
+            accelerator.backward(loss)
+            total += loss.item()
+        norm = float(accelerator.clip_grad_norm_(weights, config.max_grad_norm))
+        optimizer.step()
+        optimizer.zero_grad()
+        record = {
+            "stage": "sft",
+            "step": step + 1,
+            "loss": total,
+            "grad_norm": norm,
+            "learning_rate": config.rate(step),
+        }
+        history.append(record)
+        bar.set_postfix(loss=f"{total:.3f}")
+        bar.update()
+        if run:
+            run.log("metrics", record)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.epochs * per_epoch:
+                run.save_checkpoint("sft", step + 1, model, optimizer)
+    bar.close()
+    model.eval()
+    return history

@@ -1,0 +1,98 @@
+"""The reward: every recorded case, the weights, and the two ways in which it is called."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+
+from helpers.prompts import completion
+from helpers.rewards import Reward, RewardConfig, format_reward
+from helpers.tasks import Example, load_task
+from helpers.tests.test_prompts import TAGS, tag_soup
+
+CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "rewards.jsonl").open()]
+TASK = load_task("syllogism", size=2)
+YES = Example("Is it so?", "Yes")
+RIGHT, WRONG = completion("x", "Yes"), completion("x", "No")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+def test_parts_are_the_case_s(case):
+    assert case["task"] == TASK.name
+    parts = Reward(TASK).parts(case["completion"], Example("", case["truth"]))
+    total = 0.85 * case["correct"] + 0.15 * case["format"]
+    assert parts == {"correct": case["correct"], "format": case["format"], "length": 0.0, "total": total}
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        (" \n<think>a</think>\n\n<answer>b</answer> \n", 1.0),
+        ("<answer> b </answer> <think> a </think>", 0.0),
+        ("<think> <think> a </think> <answer> b </answer>", 0.0),
+        ("<think> a </think> <answer> <answer> b </answer>", 0.0),
+        ("<think> a </think> <answer> b </answer> <answer>", 0.0),
+        ("so <think> a </think> <answer> b </answer>", 0.0),
+        ("<think> a </think> <answer> b </answer>" * 2, 0.0),
+    ],
+)
+def test_format_needs_one_block_of_each_in_order(text, reward):
+    assert format_reward(text) == reward
+
+
+@settings(deadline=None)
+@given(tag_soup)
+def test_any_text_gets_a_total_between_0_and_1(text):
+    parts = Reward(TASK).parts(text, YES)
+    assert parts["correct"] in (0.0, 1.0) and parts["format"] in (0.0, 1.0)
+    assert parts["format"] == 0.0 or [text.count(tag) for tag in TAGS] == [1, 1, 1, 1]
+    assert 0.0 <= parts["total"] <= 1.0
+
+
+def test_weights_and_length_make_the_total():
+    reward = Reward(TASK, RewardConfig(correct=2.0, format=1.0, length=0.5, length_target=10))
+    for words, excess, total in [(6, 0, 3), (10, 0, 3), (15, 0.5, 2.75), (20, 1, 2.5), (90, 1, 2.5)]:
+        text = completion(" ".join(["x"] * (words - 5)), "Yes")  # the tags and the answer are five more
+        parts = reward.parts(text, YES)
+        assert (len(text.split()), parts["length"], parts["total"]) == (words, excess, total)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"correct": -0.1}, {"format": math.nan}, {"length": math.inf}, {"correct": "1"}, {"length": 0.1},
+     {"length_target": -1}],
+)  # fmt: skip
+def test_bad_weights_are_refused_in_one_sentence(wrong):
+    with pytest.raises(ValueError, match=r"^[^.]+(\.\d[^.]*)?\.$"):
+        RewardConfig(**wrong)
+
+
+def test_our_loop_s_calls():
+    reward = Reward(TASK)
+    assert reward([RIGHT, WRONG], YES) == [1.0, 0.15]
+    assert reward([RIGHT, RIGHT], [YES, Example("", "No")]) == [1.0, 0.15]
+    assert reward([], YES) == []
+    with pytest.raises(ValueError, match="2 completions"):
+        reward([RIGHT, WRONG], [YES])
+
+
+def test_trl_s_call():
+    """The arguments that GRPOTrainer._calculate_rewards passes, conversational and plain."""
+    logged = {}
+    columns = {
+        "prompts": [[{"role": "user", "content": "?"}]] * 2,
+        "completion_ids": [[1], [2]],
+        "example": [asdict(YES)] * 2,
+        "trainer_state": None,
+        "log_extra": None,
+        "log_metric": logged.__setitem__,
+    }
+    reward = Reward(TASK)
+    chats = [[{"role": "assistant", "content": text}] for text in (RIGHT, WRONG)]
+    assert reward(completions=chats, **columns) == [1.0, 0.15]
+    assert reward(completions=[RIGHT, WRONG], **columns) == [1.0, 0.15]
+    assert logged == {"accuracy": 0.5, "format_rate": 1.0}
+    assert reward.__name__ == "syllogism_reward"
