@@ -108,7 +108,7 @@ def _load(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreT
 
 
 def hub_answers() -> bool:
-    """Whether the model hub can be reached: one question with a time limit, where a download would retry for minutes."""
+    """Whether the model hub can be reached: one question with a time limit, where a download retries for minutes."""
     if constants.is_offline_mode():
         return False
     try:

@@ -6,9 +6,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from helpers.evaluate import Evaluation, evaluate, mcnemar, report
+from helpers.evaluate import evaluate, mcnemar, report
 from helpers.grpo import grpo
-from helpers.models import add_lora, default_device, load_model, save_adapter
+from helpers.models import add_lora, default_device, load_model, sampling_copy, save_adapter
 from helpers.recipes import Recipe, build
 from helpers.rewards import Reward
 from helpers.runs import Run
@@ -64,11 +64,12 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, say=print) -> R
 
 
 def _evaluate_stage(run: Run, stage: str, model, tokenizer, test: Task, recipe: Recipe, say) -> None:
+    sampler = sampling_copy(model, getattr(torch, recipe.sampler_dtype)) if recipe.sampler_dtype else model
     for decoding, temperature in (("greedy", 0.0), ("sampled", recipe.evaluation.temperature)):
         if any(r["stage"] == stage and r["decoding"] == decoding for r in run.records("eval")):
             continue  # a resumed run has this figure already
-        result: Evaluation = evaluate(
-            model, tokenizer, test, temperature=temperature, seed=recipe.seed,
+        result = evaluate(
+            sampler, tokenizer, test, temperature=temperature, seed=recipe.seed,
             max_new_tokens=recipe.evaluation.max_new_tokens,
         )  # fmt: skip
         run.write_records(f"evaluations/{stage}-{decoding}", result.records)

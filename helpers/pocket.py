@@ -65,6 +65,7 @@ def pocket_model(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFa
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        rope_theta=100.0,  # positions told apart finely: texts are about 100 tokens long, and copying depends on it
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
