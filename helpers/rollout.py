@@ -1,5 +1,6 @@
 """Rollouts: G sampled responses to each question, every prompt computed once."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -79,10 +80,9 @@ def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
 
     Inverts the cumulative sum: one random number a row where `torch.multinomial` draws one for every token.
     """
-    total = weights.cumsum(dim=-1, dtype=torch.float64)
-    threshold = total[:, -1:] * torch.rand(
-        len(weights), 1, generator=generator, device=weights.device, dtype=torch.float64
-    )
+    exact = torch.float32 if weights.device.type == "mps" else torch.float64  # an Apple GPU has no float64
+    total = weights.cumsum(dim=-1, dtype=exact)
+    threshold = total[:, -1:] * torch.rand(len(weights), 1, generator=generator, device=weights.device, dtype=exact)
     return torch.searchsorted(total, threshold, right=True)[:, 0].clamp(max=weights.shape[-1] - 1)
 
 
@@ -166,10 +166,10 @@ def rollout(
     responses are sampled at a time. `on_progress` is told how many prompts are done.
     Raises ValueError for settings that cannot be sampled with.
     """
-    if group_size < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(
-            "A rollout needs group_size and max_new_tokens of 1 or more, temperature of 0 or more and 0 < top_p <= 1; "
-            f"it got {group_size}, {max_new_tokens}, {temperature} and {top_p}."
+            "A rollout needs group_size and max_new_tokens of 1 or more, a finite temperature of at least 0 "
+            f"and 0 < top_p <= 1; it got {group_size}, {max_new_tokens}, {temperature} and {top_p}."
         )
     model = bare(model)
     was_training = model.training
@@ -207,7 +207,7 @@ def _rollout_batch(model, prompts, group_size, max_new_tokens, end_ids, temperat
             stay = torch.tensor([not end for end in ended], device=mask.device).nonzero()[:, 0]
             rows, tokens, mask, positions = rows[stay.cpu()], tokens[stay], mask[stay], positions[stay]
             cache.batch_select_indices(stay)
-        seen = mask[:, None, None, : cache.get_seq_length() + 1]
+        seen = mask[:, : cache.get_seq_length() + 1]
         logits = model(
             input_ids=tokens[:, None], attention_mask=seen, position_ids=positions, cache=cache, use_cache=True
         ).logits[:, -1]

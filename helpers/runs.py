@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from helpers.models import sha256
 
@@ -41,6 +43,11 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+def progress_bar(label: str, total: int, done: int, shown: bool) -> tqdm:
+    """A bar with the time left. On standard output: notebooks colour everything on the other stream as an error."""
+    return tqdm(total=total, initial=done, desc=label, disable=not shown, file=sys.stdout, mininterval=0.5)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never a half of it."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -55,7 +62,7 @@ def read_jsonl(path: Path) -> list[dict]:
     """The records of a JSON Lines file; a last line that was cut off while it was written is left out."""
     records = []
     if path.exists():
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")  # a cut may go through a character, so each line is decoded alone
         for number, line in enumerate(lines):
             try:
                 if line:
@@ -78,8 +85,8 @@ class Run:
         run = cls(folder)
         if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
             raise ValueError(f"{folder} is there already: go on with --resume, or choose another folder with --out.")
-        (run.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         config = {"recipe": asdict(recipe), "environment": environment(device)}
+        (run.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomically(run.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         return run
 
@@ -110,6 +117,11 @@ class Run:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
+    def mend(self) -> None:
+        """Take out last lines that were cut off while they were written, so that the next ones start afresh."""
+        for path in self.folder.glob("*.jsonl"):
+            self.write_records(path.stem, read_jsonl(path))
+
     def save_checkpoint(self, stage: str, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Save the weights that train and the optimiser's state after `step`; keep the newest of each stage.
 
@@ -137,9 +149,10 @@ class Run:
         for folder in (self.folder / "checkpoints").glob("[!.]*"):
             try:
                 state = json.loads((folder / "state.json").read_text())
-                if all(sha256(folder / name) == digest for name, digest in state["sha256"].items()):
+                whole = all(sha256(folder / name) == digest for name, digest in state["sha256"].items())
+                if whole and folder.name == f"{state['stage']}-{state['step']:06d}":
                     found.append({**state, "folder": folder})
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, TypeError):
                 continue  # damaged: an older one is used
         return sorted(found, key=lambda c: (STAGES.index(c["stage"]), c["step"]))
 
@@ -159,6 +172,7 @@ class Run:
         """Steps of `stage` that are done, with weights, optimiser and logs put back to just after the last of them."""
         checkpoint = self.load_weights(model, stage)
         step = checkpoint["step"] if checkpoint else 0
+        self.mend()
         if checkpoint:
             state: dict[int, dict] = {}
             for name, tensor in load_file(checkpoint["folder"] / "optimizer.safetensors").items():

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from helpers.buffer import Experience, collate
@@ -15,7 +14,7 @@ from helpers.logprobs import completion_logprobs
 from helpers.prompts import completion
 from helpers.rewards import format_reward
 from helpers.rollout import encode_prompt
-from helpers.runs import Run
+from helpers.runs import Run, progress_bar
 from helpers.tasks import Task
 
 
@@ -23,8 +22,9 @@ from helpers.tasks import Task
 class SFTConfig:
     """The warm-up's settings. Defaults: the article's 200 traces, at a LoRA learning rate.
 
-    batch_size traces make one update, minibatch_size of them go through the model at once. warmup and decay: shares
-    of the updates in which the learning rate rises from and falls to 0. checkpoint_every: updates.
+    traces: how many a run draws. batch_size of them make one update, minibatch_size go through the model at once.
+    warmup and decay: shares of the updates in which the learning rate rises from and falls to 0. checkpoint_every:
+    updates.
     """
 
     traces: int = 200
@@ -46,15 +46,10 @@ class SFTConfig:
                 "sft.warmup and sft.decay are shares from 0 to 1; learning_rate and max_grad_norm are above 0."
             )
 
-    @property
-    def steps(self) -> int:
-        """Updates in all."""
-        return self.epochs * -(-self.traces // self.batch_size)
-
-    def rate(self, step: int) -> float:
-        """Learning rate of update `step` (from 0): up in a line, level, then down in a line."""
-        rising = (step + 1) / max(1.0, self.warmup * self.steps)
-        falling = (self.steps - step) / max(1.0, self.decay * self.steps)
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of update `step` (from 0) of `steps`: up in a line, level, then down in a line."""
+        rising = (step + 1) / max(1.0, self.warmup * steps)
+        falling = (steps - step) / max(1.0, self.decay * steps)
         return self.learning_rate * min(1.0, rising, falling)
 
 
@@ -63,8 +58,11 @@ def encode_traces(
 ) -> list[Experience]:
     """(thinking, answer) pairs, one for each question of the task, as token ids that end with end-of-text.
 
-    A trace is taken only if its answer scores 1 and its tags are in order. Raises ValueError if none is left.
+    A trace is taken only if its answer scores 1 and its tags are in order. Raises ValueError if none is left, and
+    if there are not as many traces as questions.
     """
+    if len(traces) != len(task):
+        raise ValueError(f"Give one trace for each of the {len(task)} questions, not {len(traces)}.")
     encoded = []
     for example, (thinking, answer) in zip(task, traces, strict=True):
         text = completion(thinking, answer)
@@ -94,7 +92,8 @@ def sft(
     With a run, logs and checkpoints go there and a stopped warm-up goes on. Returns a dict of metrics an update.
     """
     accelerator = accelerator or Accelerator()
-    traces = traces or [(task.thinking(example), example.answer) for example in task]
+    if traces is None:
+        traces = [(task.thinking(example), example.answer) for example in task]
     data = encode_traces(tokenizer, task, traces)
     weights = [p for p in model.parameters() if p.requires_grad]
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0))
@@ -102,15 +101,18 @@ def sft(
     order: list[int] = []
     history = []
     per_epoch = -(-len(data) // config.batch_size)
+    steps = config.epochs * per_epoch
     model.train()
-    bar = tqdm(range(config.epochs * per_epoch), desc="warm-up", initial=done, disable=not progress)
-    for step in range(config.epochs * per_epoch):
+    bar = progress_bar("warm-up", steps, done, progress)
+    for step in range(steps):
         if step % per_epoch == 0:  # each epoch in an order of its own, the same whenever the run is resumed
             order = random.Random(f"{seed} {step // per_epoch}").sample(range(len(data)), len(data))
         if step < done:
             continue
+        torch.manual_seed(seed * 1_000_003 + step)  # for LoRA's dropout: a resumed run drops what it would have dropped
+        rate = config.rate(step, steps)
         for group in optimizer.param_groups:
-            group["lr"] = config.rate(step)
+            group["lr"] = rate
         at = step % per_epoch * config.batch_size
         batch = sorted((data[i] for i in order[at : at + config.batch_size]), key=len)
         tokens = sum(len(e.response_ids) for e in batch)
@@ -125,19 +127,13 @@ def sft(
         norm = float(accelerator.clip_grad_norm_(weights, config.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad()
-        record = {
-            "stage": "sft",
-            "step": step + 1,
-            "loss": total,
-            "grad_norm": norm,
-            "learning_rate": config.rate(step),
-        }
+        record = {"stage": "sft", "step": step + 1, "loss": total, "grad_norm": norm, "learning_rate": rate}
         history.append(record)
         bar.set_postfix(loss=f"{total:.3f}")
         bar.update()
         if run:
             run.log("metrics", record)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.epochs * per_epoch:
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
                 run.save_checkpoint("sft", step + 1, model, optimizer)
     bar.close()
     model.eval()

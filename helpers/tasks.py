@@ -16,7 +16,7 @@ from reasoning_gym.data import read_data_file
 from reasoning_gym.logic.propositional_logic import PropositionalLogicConfig, PropositionalLogicDataset
 from reasoning_gym.logic.syllogisms import SyllogismConfig, SyllogismDataset
 
-from helpers import logic
+from helpers import logic, teacher
 from helpers.names import unknown
 
 SPLITS = ("train", "test")
@@ -154,11 +154,11 @@ class Syllogism(Task):
     def thinking(self, example: Example) -> str:
         """The kinds named A, B, C, the premises, what follows for A and C, the claim, the verdict."""
         m = example.metadata
-        return logic.syllogism_derivation(m["premise1"], m["premise2"], m["conclusion"])
+        return teacher.syllogism_derivation(m["premise1"], m["premise2"], m["conclusion"])
 
     def check_thinking(self, text: str | None, example: Example, answer: str | None = None) -> bool:
         m = example.metadata
-        right = logic.check_syllogism_derivation(text or "", m["premise1"], m["premise2"], m["conclusion"])
+        right = teacher.check_syllogism_derivation(text or "", m["premise1"], m["premise2"], m["conclusion"])
         return right and (answer is None or self.score(answer, example) == 1.0)
 
 
@@ -181,7 +181,7 @@ class PropositionalLogic(Task):
             key = cls.key({"premises": premises})
             if key in found or split_of(key) != split or not logic.consistent(premises):
                 continue
-            derived = logic.propositional_derivation(premises)
+            derived = teacher.propositional_derivation(premises)
             if derived is not None:
                 variables = list(logic.variables_of(premises))
                 question = "\n".join([
@@ -207,12 +207,12 @@ class PropositionalLogic(Task):
 
     def thinking(self, example: Example) -> str:
         """The premises used and what one rule makes of them: "From 1: (P → Q). From 2: P. So Q."."""
-        thinking, _ = logic.propositional_derivation(example.metadata["premises"])
+        thinking, _ = teacher.propositional_derivation(example.metadata["premises"])
         return thinking
 
     def check_thinking(self, text: str | None, example: Example, answer: str | None = None) -> bool:
         end = None if answer is None else _bare(answer)
-        return logic.check_propositional_derivation(text or "", example.metadata["premises"], end)
+        return teacher.check_propositional_derivation(text or "", example.metadata["premises"], end)
 
     def constant_baseline(self) -> Baseline:
         """The best of P, Q, R, S, their negations and any two of these joined, on up to 1,000 questions."""
@@ -280,11 +280,11 @@ class LetterCounting(Task):
 
     def thinking(self, example: Example) -> str:
         """The word letter by letter, with the running count: "s = 0 t = 0 r = 1 ..."."""
-        return logic.letter_derivation(example.metadata["word"], example.metadata["letter"])
+        return teacher.letter_derivation(example.metadata["word"], example.metadata["letter"])
 
     def check_thinking(self, text: str | None, example: Example, answer: str | None = None) -> bool:
         m = example.metadata
-        right = logic.check_letter_derivation(text or "", m["word"], m["letter"])
+        right = teacher.check_letter_derivation(text or "", m["word"], m["letter"])
         return right and (answer is None or self.score(answer, example) == 1.0)
 
 

@@ -28,6 +28,10 @@ class LoraConfig:
     alpha: int = 64
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not (self.r >= 1 and self.alpha >= 1 and 0 <= self.dropout < 1):
+            raise ValueError("lora needs r and alpha of 1 or more and a dropout from 0 to below 1.")
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -36,6 +40,10 @@ class EvalConfig:
     size: int = 300
     temperature: float = 1.0
     max_new_tokens: int = 300
+
+    def __post_init__(self) -> None:
+        if not (self.size >= 1 and self.max_new_tokens >= 1 and self.temperature >= 0):
+            raise ValueError("evaluation needs size and max_new_tokens of 1 or more and a temperature of 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,8 @@ class Recipe:
         ):
             if value not in allowed:
                 raise ValueError(unknown(key, value, allowed))
+        if not (self.train_size >= 1 and self.threads >= 0 and 0 <= self.seed < 2**32):
+            raise ValueError("A recipe needs a train_size of 1 or more, threads of 0 or more and 0 <= seed < 2**32.")
 
 
 def recipe_names() -> list[str]:
@@ -94,16 +104,16 @@ def load_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
             raise ValueError(f"A setting has the form key=value, for example grpo.steps=50, not {setting!r}.")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except Exception:  # PyYAML has a YAMLError, and many another error for what looks like a date, say, and is none
             raise ValueError(
-                f"The value of {key} cannot be read: {text!r} is not a number, a word or a list."
+                f"The value of {key!r} cannot be read: {text!r} is not a number, a word or a list."
             ) from None
         *path, last = key.split(".")
         place = values
         for part in path:
             place[part] = place.get(part) or {}
             if not isinstance(place[part], dict):
-                raise ValueError(f"{key} does not exist: {part} is a single value.")
+                raise ValueError(f"{key!r} does not exist: {part!r} is a single value.")
             place = place[part]
         place[last] = value
     return build(Recipe, values)
@@ -136,9 +146,9 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-6, without a dot, as text
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
-    elif type(value) is hint:
+    elif type(value) is hint and (hint is not int or abs(value) < 2**63):  # beyond that, torch has no whole numbers
         return value
     noun = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[hint]
     raise ValueError(f"{place} must be {noun}, not {value!r}.")

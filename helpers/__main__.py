@@ -1,0 +1,195 @@
+"""The command line: python -m helpers train | evaluate | chat | results | recipes."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from helpers.names import unknown
+
+EXAMPLES = {
+    "train": "python -m helpers train pocket --set grpo.steps=50 seed=1 --out runs/short",
+    "evaluate": "python -m helpers evaluate runs/pocket@sft runs/pocket@grpo --temperature 1",
+    "chat": "python -m helpers chat runs/pocket",
+    "results": "python -m helpers results runs/pocket",
+    "recipes": "python -m helpers recipes",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options; each one's help ends with an example."""
+    top = argparse.ArgumentParser(prog="python -m helpers", description="Teach a small language model to reason.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, about: str) -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter  # keeps the example on one line, to be copied
+        return commands.add_parser(
+            name, help=about, description=about, epilog=f"example: {EXAMPLES[name]}", formatter_class=raw
+        )
+
+    train = command("train", "Run a recipe: base -> warm-up -> GRPO, each evaluated on held-out questions.")
+    train.add_argument("recipe", help="a name that `recipes` lists")
+    train.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="settings",
+                       help="change settings of the recipe")  # fmt: skip
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
+    train.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE)")
+
+    evaluate = command("evaluate", "Accuracy with its interval beside the constant answer; two targets: a paired test.")
+    what = "a run's folder, FOLDER@STAGE, or a model's name"
+    evaluate.add_argument("targets", nargs="+", metavar="TARGET", help=what)
+    chat = command("chat", "Ask a model. An empty line asks a held-out question; end with Ctrl-D.")
+    chat.add_argument("target", metavar="TARGET", help=what)
+    for some in (evaluate, chat):
+        some.add_argument("--adapter", type=Path, help="a LoRA adapter to put on a named model")
+        some.add_argument("--task", help="the task of the held-out questions (default: the run's, else syllogism)")
+        some.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+        some.add_argument("--max-new-tokens", type=int, default=300)
+        some.add_argument("--seed", type=int, default=0, help="of the sampling")
+    evaluate.add_argument("--size", type=int, default=300, help="held-out questions")
+    evaluate.add_argument("--samples", type=int, default=1, help="responses a question, for pass@k")
+    evaluate.add_argument("--unbalanced", action="store_true", help="the task's stock mix of answers")
+
+    results = command("results", "A table of the accuracies that runs have logged, and what GRPO changed in each.")
+    results.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder")
+    command("recipes", "List the recipes and the models.")
+    return top
+
+
+def load_target(target: str, adapter: Path | None = None):
+    """Model, tokenizer and task name (None if it has none) of a run's folder, FOLDER@STAGE or a model's name."""
+    import torch
+
+    from helpers.models import load_adapter, load_model
+    from helpers.pipeline import start_model
+    from helpers.recipes import Recipe, build
+    from helpers.runs import STAGES, Run
+
+    folder, _, stage = target.partition("@")
+    if (Path(folder) / "config.yaml").is_file():
+        if stage and stage not in STAGES:
+            raise ValueError(unknown("stage", stage, STAGES))
+        if adapter:
+            raise ValueError("--adapter goes on a named model; a run's folder has weights of its own.")
+        run = Run.open(folder)
+        recipe = build(Recipe, run.config["recipe"])
+        model, tokenizer = start_model(recipe)
+        if run.load_weights(model, stage or None) is None:
+            raise ValueError(f"{folder} has no checkpoint{f' of stage {stage}' if stage else ''} yet.")
+        return model.eval(), tokenizer, recipe.task
+    if Path(folder).exists():
+        raise ValueError(f"{folder} holds no run: it has no config.yaml.")
+    model, tokenizer = load_model(target)
+    torch.manual_seed(0)
+    return (load_adapter(model, adapter) if adapter else model), tokenizer, None
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """`train`."""
+    from helpers.pipeline import train
+    from helpers.recipes import load_recipe
+
+    if args.resume and args.settings:
+        raise ValueError("--resume goes on with the run's own settings; leave out --set, or start anew.")
+    recipe = load_recipe(args.recipe, args.settings)
+    out = args.out or Path("runs") / args.recipe
+    try:
+        train(recipe, out, resume=args.resume)
+    except KeyboardInterrupt:
+        again = f"python -m helpers train {args.recipe} --resume" + (f" --out {args.out}" if args.out else "")
+        print(f"\nStopped. The last checkpoint is kept; go on with: {again}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """`evaluate`."""
+    from helpers.evaluate import evaluate, mcnemar, report
+    from helpers.tasks import load_task
+
+    results = []
+    for target in args.targets:
+        model, tokenizer, name = load_target(target, args.adapter)
+        name = args.task or name or "syllogism"
+        task = load_task(name, "test", args.size, balanced=not args.unbalanced)
+        result = evaluate(
+            model, tokenizer, task, temperature=args.temperature, samples=args.samples,
+            max_new_tokens=args.max_new_tokens, seed=args.seed,
+        )  # fmt: skip
+        results.append((name, result))
+        summary = result.summary()
+        print(f"{target} on {name}: {report(summary)}")
+        if args.samples > 1:
+            print("  " + ", ".join(f"pass@{k} {100 * v:.1f} %" for k, v in summary["pass_at_k"].items()))
+        if summary["balanced_accuracy"] is not None:
+            shares = ", ".join(f"{a!r} {100 * share:.0f} %" for a, share in summary["answers"].items())
+            print(f"  balanced accuracy {100 * summary['balanced_accuracy']:.1f} %; answers: {shares}")
+    # Several responses to one question are not independent, so the test is for one each.
+    if len(results) == 2 and results[0][0] == results[1][0] and args.samples == 1:
+        test = mcnemar(results[0][1].right, results[1][1].right)
+        print(f"second against first: {test['gained']} gained, {test['lost']} lost; McNemar p = {test['p']:.2g}")
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    """`chat`."""
+    from helpers.rollout import encode_prompt, end_token_ids, rollout
+    from helpers.tasks import load_task
+
+    model, tokenizer, name = load_target(args.target, args.adapter)
+    task = load_task(args.task or name or "syllogism", "test", 300)
+    ends = end_token_ids(model, tokenizer)
+    if sys.stdin.isatty():
+        print("Type a question, or nothing for a held-out one. Ctrl-D ends.")
+    for number, line in enumerate(sys.stdin):
+        question, truth = line.strip(), None
+        if not question:
+            example = task[number % len(task)]
+            question, truth = example.question, example.answer
+            print(question)
+        [[response]] = rollout(
+            model, [encode_prompt(tokenizer, question)], group_size=1, max_new_tokens=args.max_new_tokens,
+            end_ids=ends, temperature=args.temperature, seed=args.seed + number,
+        )  # fmt: skip
+        print(tokenizer.decode(response.token_ids, skip_special_tokens=True))
+        print(f"(true answer: {truth})\n" if truth else "", flush=True)
+
+
+def run_results(args: argparse.Namespace) -> None:
+    """`results`."""
+    from helpers.pipeline import compare, results_table
+    from helpers.runs import Run
+
+    print(results_table(args.folders))
+    for folder in args.folders:
+        run = Run.open(folder)
+        for decoding in ("greedy", "sampled"):
+            if any(e["stage"] == "grpo" and e["decoding"] == decoding for e in run.records("eval")):
+                print(f"\n{run.folder.name}: {compare(run, 'sft', 'grpo', decoding)}", end="")
+    print()
+
+
+def run_recipes(args: argparse.Namespace) -> None:
+    """`recipes`."""
+    from helpers.models import MODELS
+    from helpers.recipes import load_recipe, recipe_names
+
+    for name in recipe_names():
+        print(f"{name:22} {load_recipe(name).about}")
+    print("\nModels:")
+    for name, card in MODELS.items():
+        print(f"{name:22} {card.about}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. What the reader got wrong is one sentence on stderr and exit code 2."""
+    args = parser().parse_args(argv)
+    commands = (run_train, run_evaluate, run_chat, run_results, run_recipes)
+    try:
+        {run.__name__.removeprefix("run_"): run for run in commands}[args.command](args)
+    except (ValueError, RuntimeError, OSError) as error:
+        if "\n" in str(error):  # not one of our own sentences: the place in the code matters
+            raise
+        print(f"helpers: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
