@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -16,6 +17,9 @@ from transformers import (
 )
 
 from helpers.pocket import pocket_model
+
+settings.register_profile("no clock", deadline=None)  # a busy machine must not fail a test
+settings.load_profile("no clock")
 
 END = 1  # the end-of-text token of the small models, as of the pocket model
 # Keys and values shared between heads or not, embeddings tied to the output head or not, biases in the projections.

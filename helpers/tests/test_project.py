@@ -1,0 +1,103 @@
+"""The files around the code say what is true: pins, environments, commands, recorded numbers."""
+
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from helpers.pipeline import compare, results_table
+from helpers.runs import Run
+
+ROOT = Path(__file__).parents[2]
+RECORDED = sorted(path.parent for path in (ROOT / "helpers/recorded").glob("*/config.yaml"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def pins() -> list[str]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_every_requirement_is_pinned_to_the_installed_version():
+    *packages, last = pins()
+    assert last == "-e ."
+    for line in packages:
+        name, exact = line.split("==")
+        assert version(name).split("+")[0] == exact, name
+
+
+def test_conda_gets_the_same_set():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    [pip] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert pip == pins()
+
+
+def test_the_readme_gives_set_up_and_tests_as_single_lines_that_ci_runs():
+    readme = (ROOT / "README.md").read_text()
+    set_up = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
+    commands = re.findall(rf"^{re.escape(set_up)}(.*)$", readme, re.M)
+    assert [c.split()[0] for c in commands] == [".venv/bin/jupyter", ".venv/bin/pytest"]
+    notebook = commands[0].split()[-1]
+    assert (ROOT / notebook).is_file()
+    assert ".venv/bin/python -m helpers train pocket" in readme
+    assert "README.md" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "helpers/recorded/README.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_recorded_tables_are_what_the_recorded_runs_say():
+    assert RECORDED
+    page = (ROOT / "helpers/recorded/README.md").read_text()
+    assert results_table(RECORDED) in page
+    assert results_table(RECORDED) in (ROOT / "README.md").read_text()
+    for folder in RECORDED:
+        for decoding in ("greedy", "sampled"):
+            assert compare(Run.open(folder), "sft", "grpo", decoding) in page
+
+
+@pytest.mark.parametrize("folder", RECORDED, ids=lambda path: path.name)
+def test_recorded_runs_are_whole(folder):
+    run = Run.open(folder)
+    recipe, environment = run.config["recipe"], run.config["environment"]
+    assert environment["git_commit"] and "dirty" not in environment["git_commit"]
+    steps = [m["step"] for m in run.records("metrics") if m["stage"] == "grpo"]
+    assert steps == list(range(1, recipe["grpo"]["steps"] + 1))
+    for e in run.records("eval"):
+        records = run.records(f"evaluations/{e['stage']}-{e['decoding']}")
+        assert len(records) == e["questions"] >= 300
+        assert sum(r["correct"] for r in records) / len(records) == pytest.approx(e["accuracy"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_are_stored_as_their_reader_should_get_them(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), "run it from a clean kernel"
+    assert "widgets" not in notebook.metadata, "strip the widget state"
+    assert sum(bool(c.outputs) for c in code) > 0.6 * len(code), "a notebook without outputs checks nothing"
+    assert not any(o.output_type == "error" for c in code for o in c.outputs)
+    for output in (o for c in code for o in c.outputs if "image/png" in o.get("data", {})):
+        assert output.metadata["image/png"]["alt"], "every figure has an alternative text"
+    titles = [line for c in notebook.cells if c.cell_type == "markdown" for line in c.source.splitlines()]
+    assert sum(line.startswith("# ") for line in titles) == 1
+
+
+def test_no_file_names_a_package_registry_or_a_home_folder():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert files
+    # Joined here, so that this file does not find itself.
+    forbidden = re.compile("|".join(["pypi" + r"\.org", "python" + "hosted", "/ro" + "ot/", "/ho" + "me/"]))
+    for file in files:
+        if not file.endswith((".safetensors", ".png")):
+            assert not forbidden.search((ROOT / file).read_text(encoding="utf-8")), file
