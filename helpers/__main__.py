@@ -58,7 +58,7 @@ def load_target(target: str, adapter: Path | None = None):
     """Model, tokenizer and task name (None if it has none) of a run's folder, FOLDER@STAGE or a model's name."""
     import torch
 
-    from helpers.models import load_adapter, load_model
+    from helpers.models import load_adapter, load_model, sampling_copy
     from helpers.pipeline import start_model
     from helpers.recipes import Recipe, build
     from helpers.runs import STAGES, Run
@@ -74,11 +74,12 @@ def load_target(target: str, adapter: Path | None = None):
         model, tokenizer = start_model(recipe)
         if run.load_weights(model, stage or None) is None:
             raise ValueError(f"{folder} has no checkpoint{f' of stage {stage}' if stage else ''} yet.")
+        if recipe.sampler_dtype:  # what the run itself samples and evaluates with
+            model = sampling_copy(model, getattr(torch, recipe.sampler_dtype))
         return model.eval(), tokenizer, recipe.task
     if Path(folder).exists():
         raise ValueError(f"{folder} holds no run: it has no config.yaml.")
     model, tokenizer = load_model(target)
-    torch.manual_seed(0)
     return (load_adapter(model, adapter) if adapter else model), tokenizer, None
 
 

@@ -148,7 +148,7 @@ def evaluate(
 def report(summary: dict[str, Any]) -> str:
     """One line for a person: accuracy with interval and n, the constant answer beside it, format and thinking."""
     s = summary
-    how = "greedy" if s["temperature"] == 0 else f"at temperature {s['temperature']:g}"
+    how = {0: "greedy", 1: "sampled"}.get(s["temperature"], f"sampled at temperature {s['temperature']:g}")
     return (
         f"{100 * s['accuracy']:.1f} % right ({100 * s['accuracy_low']:.1f} to {100 * s['accuracy_high']:.1f}), "
         f"n = {s['questions']}, {how}; constant answer {100 * s['baseline']:.1f} %; "

@@ -244,12 +244,11 @@ def grpo(
     sampler = sampling_copy(policy, sampler_dtype) if sampler_dtype else policy
     if config.gradient_checkpointing:
         bare(policy).activation_checkpointing_enable()
+    per_rollout = config.questions_per_rollout * config.group_size
+    rollouts = -(-config.buffer_size // per_rollout)  # to fill a buffer
     # A buffer used for one update is on-policy: the log-probs of that forward pass are the old ones as well.
-    on_policy = config.updates_per_buffer == 1 and (
-        -(-config.buffer_size // (config.questions_per_rollout * config.group_size))
-        * config.questions_per_rollout * config.group_size
-        <= config.minibatch_size * config.gradient_accumulation
-    )  # fmt: skip
+    one_update = rollouts * per_rollout <= config.minibatch_size * config.gradient_accumulation
+    on_policy = config.updates_per_buffer == 1 and one_update
     history = []
     bar = progress_bar("GRPO", config.steps, done, progress)
     for step in range(done, config.steps):
@@ -258,7 +257,6 @@ def grpo(
         if sampler_dtype:
             refresh(sampler, policy)
         buffer, collected = Buffer(config.buffer_size), []
-        rollouts = -(-config.buffer_size // (config.questions_per_rollout * config.group_size))
         while not buffer.full:
             number = step * rollouts + len(collected)
             collected.append(collect(sampler, tokenizer, task, reward, config, number, seed))

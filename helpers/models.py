@@ -34,7 +34,7 @@ class ModelCard:
 
 
 MODELS = {
-    "pocket": ModelCard(None, "0.6 M parameters, built here and trained from nothing, for a laptop CPU"),
+    "pocket": ModelCard(None, "0.6 M parameters, built here and trained from scratch, for a laptop CPU"),
     "smollm2-135m": ModelCard(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         "135 M parameters, on a CPU; also in 4-bit form from the package registry",

@@ -81,10 +81,10 @@ def accuracy_bars(evaluations: Sequence[Mapping[str, Any]], title: str = "") -> 
     label = f"always “{baseline['baseline_answer']}”: {100 * baseline['baseline']:.0f} %"
     place = (len(stages) - 0.55, 100 * baseline["baseline"])
     ax.annotate(label, place, (4, 3), textcoords="offset points", color=GREY, fontsize=9)
-    ax.set_xlim(-0.5, len(stages) + 0.05)
+    ax.set_xlim(-0.5, len(stages) - 0.1)
     ax.set_xticks(range(len(stages)), [STAGE_NAMES[s] for s in stages])
     ax.set(ylabel="right (%)", ylim=(0, 109), title=title or f"{baseline['questions']} held-out questions")
-    ax.legend(loc="upper left", fontsize=9)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=9, frameon=False)
     return fig
 
 
@@ -111,12 +111,13 @@ def token_shift(rows: Sequence[tuple[str, Sequence[str], Sequence[float], Sequen
     rows: (title, tokens, log-probs before, log-probs after), nats; a panel each, one below the other.
     """
     fig = Figure(figsize=(10.0, 2.9 * len(rows)), dpi=110, facecolor="white", layout="constrained")
-    for ax, (title, tokens, before, after) in zip(np.atleast_1d(fig.subplots(len(rows), 1)), rows, strict=True):
+    axes = np.atleast_1d(fig.subplots(len(rows), 1, sharey=True))
+    for ax, (title, tokens, before, after) in zip(axes, rows, strict=True):
         places = np.arange(len(tokens))
         ax.vlines(places, before, after, color=BLUE, linewidth=1.5)
         ax.plot(places, before, "o", color=GREY, markersize=5, label="before")
         ax.plot(places, after, "o", color=BLUE, markersize=5, label="after")
-        ax.set_xticks(places, tokens, rotation=60, fontsize=9)
+        ax.set_xticks(places, tokens, rotation=60, fontsize=9, ha="right", rotation_mode="anchor")
         ax.set(title=title, ylabel="log-prob (nats)")
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", alpha=0.25)

@@ -1,4 +1,4 @@
-"""The pocket model: a Llama small enough to be trained from nothing on a laptop, with a tokenizer of whole words."""
+"""The pocket model: a Llama small enough to be trained from scratch on a laptop, with a tokenizer of whole words."""
 
 import string
 

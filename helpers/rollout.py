@@ -177,12 +177,14 @@ def rollout(
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
     step = max(1, max_rows // group_size)
     groups: list[list[Response]] = []
-    for start in range(0, len(prompts), step):
-        some = prompts[start : start + step]
-        groups += _rollout_batch(model, some, group_size, max_new_tokens, end_ids, temperature, top_p, generator)
-        if on_progress:
-            on_progress(len(some))
-    model.train(was_training)
+    try:
+        for start in range(0, len(prompts), step):
+            some = prompts[start : start + step]
+            groups += _rollout_batch(model, some, group_size, max_new_tokens, end_ids, temperature, top_p, generator)
+            if on_progress:
+                on_progress(len(some))
+    finally:
+        model.train(was_training)  # also when a reader interrupts
     return groups
 
 

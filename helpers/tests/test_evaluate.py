@@ -173,7 +173,7 @@ def test_several_samples_a_question(scripted):
     assert (summary["accuracy_low"], summary["accuracy_high"]) == wilson(1, 3)  # questions count, not responses
     at_2 = (1 - 1 / 6 + 0 + 1 - 3 / 6) / 3
     assert summary["pass_at_k"] == pytest.approx({1: 3 / 12, 2: at_2, 4: 2 / 3})
-    assert "n = 3, at temperature 1" in report(summary)
+    assert "n = 3, sampled;" in report(summary)
 
 
 # --- a real, untrained model ---
