@@ -60,6 +60,12 @@ class GRPOConfig:
         group_advantages(torch.zeros(1, 2), scale=self.scale, std_ddof=self.std_ddof)  # says what is wrong with these
 
 
+    @property
+    def every_row(self) -> bool:
+        """Whether a response with advantage 0 matters: KL and entropy act on it, the surrogate does not."""
+        return self.loss.beta > 0 or self.loss.entropy_coefficient > 0 or self.measure_kl
+
+
 @dataclass(frozen=True)
 class Collected:
     """One rollout, scored. rewards: (Q, G); parts, responses and texts: a list a question, an entry a response."""
@@ -148,7 +154,6 @@ def learn(
     the forward pass and the statistics, unless the KL is to be measured; `rows` and `tokens` still count them.
     """
     weights = [p for p in policy.parameters() if p.requires_grad]
-    every_row = config.loss.beta > 0 or config.loss.entropy_coefficient > 0 or config.measure_kl
     # These are in the result even where no response has a signal.
     totals = dict.fromkeys(("loss", "grad_norm", "clip_share", "clip_share_low", "clip_share_high"), 0.0)
     seen, updates = 0, 0
@@ -164,7 +169,7 @@ def learn(
                 counted = tokens
                 if config.loss.loss_type == "bnpo":  # this minibatch's own tokens, then a mean over minibatches
                     counted = len(minis) * sum(len(e.response_ids) for e in mini)
-                mini = [e for e in mini if every_row or e.advantage != 0]
+                mini = [e for e in mini if config.every_row or e.advantage != 0]
                 if not mini:
                     continue
                 b = collate(mini).to(accelerator.device)
@@ -264,8 +269,10 @@ def grpo(
         sampled = time.perf_counter()
         policy.train()
         if not on_policy:
-            old = score(policy, buffer.experiences, config, accelerator)
-            buffer.experiences = [replace(e, old_logprobs=o) for e, o in zip(buffer.experiences, old, strict=True)]
+            used = [i for i, e in enumerate(buffer.experiences) if config.every_row or e.advantage != 0]
+            old = score(policy, [buffer.experiences[i] for i in used], config, accelerator)
+            for i, logprobs in zip(used, old, strict=True):
+                buffer.experiences[i] = replace(buffer.experiences[i], old_logprobs=logprobs)
         if config.loss.beta > 0 or config.measure_kl:
             current = {k: v.clone() for k, v in trained_weights(policy).items()}
             restore_weights(policy, reference)
