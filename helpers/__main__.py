@@ -58,7 +58,8 @@ def load_target(target: str, adapter: Path | None = None):
     """Model, tokenizer and task name (None if it has none) of a run's folder, FOLDER@STAGE or a model's name."""
     import torch
 
-    from helpers.models import load_adapter, load_model, sampling_copy
+    from helpers.decoder import sampling_copy
+    from helpers.models import load_adapter, load_model
     from helpers.pipeline import start_model
     from helpers.recipes import Recipe, build
     from helpers.runs import STAGES, Run

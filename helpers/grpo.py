@@ -10,9 +10,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from helpers.buffer import Buffer, Experience, collate
+from helpers.decoder import Decoder, sampling_copy
 from helpers.logprobs import completion_logprobs
 from helpers.losses import LossConfig, group_advantages, policy_loss
-from helpers.models import bare, refresh, sampling_copy
+from helpers.models import bare
 from helpers.rewards import Reward
 from helpers.rollout import Response, encode_prompt, end_token_ids, rollout
 from helpers.runs import Run, progress_bar, restore_weights, trained_weights
@@ -125,8 +126,8 @@ def collect(
 def score(
     model: nn.Module, experiences: list[Experience], config: GRPOConfig, accelerator: Accelerator
 ) -> list[torch.Tensor]:
-    """The model's log-probs of each response, (T_i,) each, without gradient; minibatches of like lengths."""
-    order = sorted(range(len(experiences)), key=lambda i: len(experiences[i]))
+    """The model's log-probs of each response, (T_i,) each, without gradient; a group stays together."""
+    order = sorted(range(len(experiences)), key=lambda i: experiences[i].prompt_ids)  # a prompt is computed once
     result: list[torch.Tensor] = [torch.empty(0)] * len(experiences)
     for at in range(0, len(order), config.minibatch_size):
         some = order[at : at + config.minibatch_size]
@@ -161,7 +162,7 @@ def learn(
         size = config.minibatch_size * config.gradient_accumulation
         for batch in buffer.minibatches(size, seed=seed * 1009 + epoch):  # one update each
             rows, tokens = len(batch), sum(len(e.response_ids) for e in batch)
-            batch = sorted(batch, key=len)  # rows of like lengths together: less padding, the same sum
+            batch.sort(key=lambda e: (e.prompt_ids, len(e)))  # a group together, so that its prompt is computed once
             minis = [batch[i : i + config.minibatch_size] for i in range(0, rows, config.minibatch_size)]
             for p in weights:  # a gradient of 0, not none: where no row has a signal, Adam's momentum still goes on
                 p.grad = torch.zeros_like(p)
@@ -246,7 +247,7 @@ def grpo(
     reference = {k: v.clone() for k, v in trained_weights(policy).items()}  # the policy the loop starts from
     policy, optimizer = accelerator.prepare(policy, torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0))
     done = run.resume("grpo", policy, optimizer) if run else 0
-    sampler = sampling_copy(policy, sampler_dtype) if sampler_dtype else policy
+    sampler = sampling_copy(policy, sampler_dtype)
     if config.gradient_checkpointing:
         bare(policy).activation_checkpointing_enable()
     per_rollout = config.questions_per_rollout * config.group_size
@@ -259,8 +260,8 @@ def grpo(
     for step in range(done, config.steps):
         start = time.perf_counter()
         torch.manual_seed(seed * 1_000_003 + step)  # for LoRA's dropout: a resumed run drops what it would have dropped
-        if sampler_dtype:
-            refresh(sampler, policy)
+        if isinstance(sampler, Decoder):
+            sampler.refresh(policy)
         buffer, collected = Buffer(config.buffer_size), []
         while not buffer.full:
             number = step * rollouts + len(collected)

