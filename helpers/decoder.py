@@ -18,7 +18,8 @@ def packed_product(weight: Tensor, bias: Tensor | None):
     with 48 rows. What torch's compiler uses for frozen weights is used here.
     """
     ops = torch.ops.mkldnn
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported():
+    on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()  # not every build of torch has it
+    if on_cpu and weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported():
         packed = ops._reorder_linear_weight(weight.contiguous())
         return lambda x: ops._linear_pointwise(x, packed, bias, "none", [], "")
     return lambda x: F.linear(x, weight, bias)
@@ -62,7 +63,7 @@ class Decoder:
             config.model_type in FAMILIES
             and config.hidden_act == "silu"
             and all(kind == "full_attention" for kind in sliding)
-            and (sliding or getattr(config, "sliding_window", None) is None)
+            and (bool(sliding) or getattr(config, "sliding_window", None) is None)
         )
 
     @torch.no_grad()
@@ -77,9 +78,9 @@ class Decoder:
             return packed_product(weight, torch.cat([m.bias.to(**cast) for m in modules]) if biased else None)
 
         def scale(norm: nn.Module | None):
-            return None if norm is None else norm.weight.to(**cast)
+            return None if norm is None else norm.weight.to(**cast, copy=True)
 
-        self.embedding = model.get_input_embeddings().weight.to(**cast)
+        self.embedding = model.get_input_embeddings().weight.to(**cast, copy=True)  # or it would train with the policy
         self.layers = []
         for layer in decoder.layers:
             attention, mlp = layer.self_attn, layer.mlp

@@ -64,33 +64,22 @@ def sample(
 
 
 def nucleus(probs: Tensor, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One token a row from the smallest set of likeliest tokens whose probability reaches top_p.
+    """One token a row from the likeliest tokens, as few as reach top_p together, and any that tie with the last.
 
-    probs: (B, V); returns (B,). Source: nucleus sampling, arXiv 1904.09751. The set is found among the 64 likeliest
-    tokens, then 256 and so on: the whole vocabulary is seldom sorted.
+    probs: (B, V); returns (B,). Source: nucleus sampling, arXiv 1904.09751. Nothing is sorted: a token is drawn from
+    the whole vocabulary, and drawn again where the tokens likelier than it reach top_p by themselves: 1 / top_p draws
+    on average at the most.
     """
-    count = min(64, probs.shape[-1])
+    tokens, rows = draw(probs, generator), None  # rows: whose token was drawn last; None stands for all
     while True:
-        top, tokens = likeliest(probs, count)
-        total = top.cumsum(dim=-1)
-        if count == probs.shape[-1] or bool((total[:, -1] >= top_p).all()):
-            break
-        count = min(4 * count, probs.shape[-1])
-    top = top.masked_fill(total - top >= top_p, 0.0)  # what stood before a token already reached top_p
-    return tokens.gather(1, draw(top, generator)[:, None])[:, 0]
-
-
-def likeliest(probs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest values of each row, falling, and where they stand: `topk`, but faster for long rows.
-
-    probs: (B, V), 0 or more. They lie in the `count` blocks whose largest values are largest: only those are sorted.
-    """
-    blocks = in_blocks(probs)  # (B, n, BLOCK)
-    if 2 * count > blocks.shape[1]:
-        return probs.topk(count, dim=-1)
-    chosen = blocks.amax(dim=-1).topk(count, dim=-1).indices  # (B, count)
-    top, at = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK)).flatten(1).topk(count, dim=-1)
-    return top, chosen.gather(1, at // BLOCK) * BLOCK + at % BLOCK
+        some, drawn = (probs, tokens) if rows is None else (probs[rows], tokens[rows])
+        limit = some.gather(1, drawn[:, None])
+        likelier = F.hardshrink(some / limit, 1.0).sum(dim=1) * limit[:, 0]  # the sum of all that is above the limit
+        outside = likelier >= top_p
+        rows = outside.nonzero()[:, 0] if rows is None else rows[outside]
+        if not len(rows):
+            return tokens
+        tokens[rows] = draw(probs[rows], generator)
 
 
 def in_blocks(rows: Tensor) -> Tensor:
@@ -147,12 +136,13 @@ def rollout(
     sampler = sampling_copy(model)
     generator = torch.Generator(device=sampler.device).manual_seed(seed)
     start_rows = Rows if isinstance(sampler, Decoder) else ModelRows
-    was_training = not isinstance(sampler, Decoder) and sampler.training
+    # Each module's own mode: in a new adapter the dropout layers train, though the model around them does not.
+    training = [] if isinstance(sampler, Decoder) else [module for module in sampler.modules() if module.training]
     step = max(1, max_rows // group_size)
     groups: list[list[Response]] = []
     try:
-        if was_training:
-            sampler.eval()
+        for module in training:
+            module.training = False
         for start in range(0, len(prompts), step):
             some = prompts[start : start + step]
             rows = start_rows(sampler, some, group_size, max_new_tokens)
@@ -161,8 +151,8 @@ def rollout(
             if on_progress:
                 on_progress(len(some))
     finally:
-        if was_training:
-            sampler.train()  # also when a reader interrupts
+        for module in training:
+            module.training = True  # also when a reader interrupts
     return groups
 
 

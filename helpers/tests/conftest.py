@@ -4,11 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import settings
 from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -16,6 +19,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from helpers.decoder import Decoder
+from helpers.models import add_lora
 from helpers.pocket import pocket_model
 
 settings.register_profile("no clock", deadline=None)  # a busy machine must not fail a test
@@ -30,22 +35,46 @@ BUILDS: dict[str, tuple[type, type, dict]] = {
     "qwen3_gqa_untied": (
         Qwen3Config, Qwen3ForCausalLM, {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": False},
     ),
+    "mistral_wide_heads": (
+        MistralConfig, MistralForCausalLM,
+        {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": None, "tie_word_embeddings": False},
+    ),
 }  # fmt: skip
 
 
-def small_model(build: str = "llama_gqa_tied", vocabulary: int = 24, spread: float = 0.25, seed: int = 0):
-    """A random model of two layers in evaluation mode. `spread`: of the weights; the larger, the more it prefers."""
+def small_model(build: str = "llama_gqa_tied", vocabulary: int = 24, spread: float = 0.25, seed: int = 0, **more):
+    """A random model of two layers in evaluation mode. `spread`: of the weights; the larger, the more it prefers.
+
+    more: settings of its configuration, which overrule the build's.
+    """
     config_class, model_class, settings = BUILDS[build]
-    config = config_class(
+    common = dict(
         vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, pad_token_id=0, bos_token_id=None, eos_token_id=END, **settings,
+        max_position_embeddings=128, pad_token_id=0, bos_token_id=None, eos_token_id=END,
     )  # fmt: skip
+    config = config_class(**common | settings | more)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config).eval()
         for weight in model.parameters():  # biases too, which a new model has at 0
             torch.nn.init.normal_(weight, mean=float(weight.dim() == 1), std=spread)
     return model
+
+
+def disturb(policy, std: float = 0.1) -> None:
+    """Give an adapter B matrices other than 0, as training does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=std)
+
+
+def policy_of(build: str):
+    """A small model with an adapter that changes what it computes."""
+    policy = add_lora(small_model(build), r=4, alpha=8)
+    disturb(policy)
+    return policy
 
 
 def random_prompts(lengths: list[int], vocabulary: int = 24, seed: int = 0) -> list[list[int]]:
@@ -64,6 +93,23 @@ def plain_logprobs(model: PreTrainedModel, prompt: list[int], response: list[int
     """The log-prob of each response token at a temperature, (len(response),), from `plain_logits`."""
     logits = plain_logits(model, prompt + response)[len(prompt) - 1 : -1] / temperature
     return logits.log_softmax(dim=-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+@torch.no_grad()
+def decoder_logits(decoder: Decoder, ids: list[int]) -> Tensor:
+    """The same by a `Decoder`: one text in one piece, each token looking back at all before it."""
+
+    def look(_: int, *tensors: Tensor) -> Tensor:
+        queries, keys, values = (x.transpose(0, 1)[None] for x in tensors)
+        looked = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+        return looked[0].transpose(0, 1)
+
+    return decoder.forward(torch.tensor(ids), torch.arange(len(ids)), look).float()
+
+
+def no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on every model is treated as one of a family that no `Decoder` is written for."""
+    monkeypatch.setattr(Decoder, "supports", staticmethod(lambda policy: False))
 
 
 def inputs_of(module: torch.nn.Module, run: Callable[[], object]) -> list[Tensor]:
@@ -87,6 +133,14 @@ def pocket():
     """The pocket model, untrained, and its tokenizer."""
     model, tokenizer = pocket_model(0)
     return model.eval(), tokenizer
+
+
+@pytest.fixture(params=["a decoder", "the model"])
+def sampled_by(request, monkeypatch) -> str:
+    """What computes the rollouts of a test, which runs twice: a `Decoder`, then the model's own forward pass."""
+    if request.param == "the model":
+        no_decoder(monkeypatch)
+    return request.param
 
 
 @pytest.fixture(scope="session", params=BUILDS)

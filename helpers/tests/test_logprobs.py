@@ -4,19 +4,29 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import logprobs as logprobs_module
 from helpers.buffer import Batch, Experience, collate, pad
-from helpers.logprobs import completion_logprobs, completion_mask
+from helpers.logprobs import CHUNK, FrozenHead, completion_logprobs, completion_mask
 from helpers.losses import importance_ratio
-from helpers.models import add_lora
+from helpers.models import add_lora, bare, halve_frozen
 from helpers.rollout import encode_prompt, end_token_ids, rollout
 from helpers.tasks import load_task
-from helpers.tests.conftest import END, inputs_of, plain_logits, plain_logprobs, random_prompts, small_model
+from helpers.tests.conftest import (
+    END,
+    inputs_of,
+    plain_logits,
+    plain_logprobs,
+    policy_of,
+    random_prompts,
+    small_model,
+)
 
 LENGTHS = [(5, 7), (1, 1), (9, 3), (3, 12), (5, 2), (12, 6)]  # of prompt and completion
 PROMPTS = random_prompts([prompt for prompt, _ in LENGTHS])
@@ -182,6 +192,141 @@ def test_logits_of_a_chunk_are_not_kept_for_the_backward_pass(monkeypatch):
     assert kept() >= tokens
     monkeypatch.setattr(logprobs_module, "CHUNK", tokens - 1)
     assert kept() == 0
+
+
+# --- a vocabulary projection that does not train ---
+
+
+def frozen_case(rows: int, size: int = 32, vocabulary: int = 300) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """States (n, H) that want a gradient, targets (n,), weight (V, H), and the gradient from above (n,)."""
+    generator = torch.Generator().manual_seed(rows)
+    states = torch.randn(rows, size, generator=generator).requires_grad_()
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    weight = 0.3 * torch.randn(vocabulary, size, generator=generator)
+    return states, targets, weight, torch.randn(rows, generator=generator)
+
+
+def plain_head(states: Tensor, targets: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    return (F.linear(states, weight) / temperature).log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+@pytest.mark.parametrize("rows", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK - 5])
+def test_a_frozen_head_gives_the_plain_formula_s_values_and_gradients(rows, temperature):
+    states, targets, weight, above = frozen_case(rows)
+    ours, theirs = (head(states, targets, weight, temperature) for head in (FrozenHead.apply, plain_head))
+    assert ours.dtype == torch.float32
+    assert_close(ours, theirs, **CLOSE)
+    gradients = [torch.autograd.grad(values, states, above)[0] for values in (ours, theirs)]
+    assert_close(*gradients, **CLOSE)
+    assert rows == 0 or gradients[0].abs().max() > 0.1
+    with torch.no_grad():
+        assert torch.equal(FrozenHead.apply(states, targets, weight, temperature), ours)
+
+
+class Watch(TorchDispatchMode):
+    """The products that are computed, and the most entries of a tensor as wide as the vocabulary."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.rows, self.products = vocabulary, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        self.products += function is torch.ops.aten.mm.default
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (self.vocabulary,):
+                self.rows = max(self.rows, tensor.numel() // self.vocabulary)
+        return result
+
+
+@pytest.mark.parametrize("rows", [CHUNK, 5 * CHUNK])
+def test_a_frozen_head_never_holds_more_logits_than_a_chunk_s(rows):
+    """Nor does it multiply again for the backward pass; without a gradient it forms none."""
+    states, targets, weight, above = frozen_case(rows)
+    with Watch(len(weight)) as forward:
+        logprobs = FrozenHead.apply(states, targets, weight, 0.9)
+    with Watch(len(weight)) as backward:
+        logprobs.backward(above)
+    assert forward.rows == CHUNK and backward.rows == backward.products == 0
+    assert forward.products == 2 * rows // CHUNK  # logits, and the vocabulary's mean under them
+    with torch.no_grad(), Watch(len(weight)) as without:
+        FrozenHead.apply(states.detach(), targets, weight, 0.9)
+    assert without.rows == CHUNK and without.products == rows // CHUNK
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_head_in_bfloat16_is_near_the_exact_one(state_dtype):
+    states, targets, weight, above = frozen_case(300)
+    exact = plain_head(states, targets, weight, 0.8)
+    [right] = torch.autograd.grad(exact, states, above)
+    short = states.detach().to(state_dtype).requires_grad_()
+    logprobs = FrozenHead.apply(short, targets, weight.bfloat16(), 0.8)
+    [gradient] = torch.autograd.grad(logprobs, short, above)
+    assert logprobs.dtype == torch.float32 and gradient.dtype == state_dtype
+    assert_close(logprobs, exact, rtol=0, atol=0.1)  # logits of up to 9, of which bfloat16 holds 3 digits
+    assert (logprobs - exact).abs().mean() < 0.05
+    assert (gradient - right).norm() < 0.02 * right.norm()
+
+
+@pytest.mark.parametrize("build", ["llama_gqa_tied", "llama_mha_untied"])
+@pytest.mark.parametrize("chunk", [1, 4, 128])
+def test_under_lora_the_frozen_head_changes_neither_values_nor_gradients(monkeypatch, build, chunk):
+    policy, batch = policy_of(build), batch_of(EVERY_ROW)
+    weights = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(0))
+    trains = [p for p in policy.parameters() if p.requires_grad]
+    monkeypatch.setattr(logprobs_module, "CHUNK", chunk)
+    used = []
+    apply = FrozenHead.apply
+    monkeypatch.setattr(FrozenHead, "apply", lambda *given: used.append(given) or apply(*given))
+
+    def run(with_entropy: bool) -> tuple[Tensor, list[Tensor]]:
+        logprobs, _ = logprobs_of(policy, batch, 0.7, with_entropy)
+        return logprobs.detach(), torch.autograd.grad((weights * logprobs).sum(), trains)
+
+    frozen = run(False)
+    assert len(used) == 1 and len(used[0][0]) == int(batch.mask.sum())
+    plain = run(True)  # for entropies the logits are needed: the other way
+    assert len(used) == 1
+    assert_close(frozen[0], plain[0], **CLOSE)
+    largest = max(g.abs().max() for g in plain[1])
+    assert largest > 0.1
+    for a, b in zip(frozen[1], plain[1], strict=True):
+        assert_close(a, b, rtol=0, atol=1e-5 * max(1.0, largest))
+    with torch.no_grad():
+        assert_close(logprobs_of(policy, batch, 0.7)[0], plain[0], **CLOSE)
+
+
+def test_a_head_that_trains_or_is_more_than_a_product_gets_its_gradient(monkeypatch):
+    monkeypatch.setattr(FrozenHead, "apply", None)
+    trained = small_model("llama_mha_untied")
+    logprobs_of(trained, batch_of(EVERY_ROW))[0].sum().backward()
+    assert trained.lm_head.weight.grad.abs().max() > 0.1
+    policy = policy_of("llama_mha_untied")
+    head = bare(policy).lm_head
+    bare(policy).lm_head = torch.nn.Linear(32, 24).requires_grad_(False)  # with a bias
+    bare(policy).lm_head.weight.data = head.weight.data
+    for row in EVERY_ROW:
+        plain = plain_logprobs(policy, PROMPTS[row], COMPLETIONS[row])
+        ours, _ = logprobs_of(policy, batch_of([row]))
+        assert_close(ours[0].detach(), plain, **CLOSE)
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_under_autocast_the_frozen_head_is_near_the_exact_one(halved):
+    policy, batch = policy_of("llama_mha_untied"), batch_of(EVERY_ROW)
+    exact, _ = logprobs_of(policy, batch)
+    trains = [p for p in policy.parameters() if p.requires_grad]
+    right = torch.autograd.grad(exact[batch.mask].sum(), trains)
+    if halved:  # the weights that do not train, as a recipe in mixed precision keeps them
+        halve_frozen(policy, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, _ = logprobs_of(policy, batch)
+    assert ours.dtype == torch.float32
+    gradients = torch.autograd.grad(ours[batch.mask].sum(), trains)
+    assert_close(ours, exact, rtol=0, atol=0.15)
+    flat, plain = (torch.cat([g.flatten() for g in some]) for some in (gradients, right))
+    assert torch.cosine_similarity(flat, plain, dim=0) > 0.99
 
 
 # --- sampler and trainer agree ---

@@ -1,4 +1,4 @@
-"""Loading and its failures, LoRA, the sampling copy, adapters on disk."""
+"""Loading and its failures, LoRA, weights merged and halved, adapters on disk."""
 
 import copy
 import json
@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import models as m
+from helpers.decoder import Decoder
 from helpers.models import (
     LORA_TARGETS,
     MODELS,
@@ -27,14 +28,16 @@ from helpers.models import (
     add_lora,
     bare,
     convert_wheel,
+    halve_frozen,
     intact,
     load_adapter,
     load_model,
+    merged_weight,
     save_adapter,
     sha256,
 )
 from helpers.rollout import encode_prompt, end_token_ids, rollout
-from helpers.tests.conftest import BUILDS, plain_logprobs, small_model
+from helpers.tests.conftest import BUILDS, decoder_logits, disturb, plain_logits, plain_logprobs, policy_of, small_model
 
 IDS = torch.randint(2, 24, (3, 20), generator=torch.Generator().manual_seed(0))
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -43,15 +46,6 @@ CLOSE = {"rtol": 0, "atol": 1e-4}
 @torch.no_grad()
 def logits(model, ids: Tensor = IDS) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
-
-
-def disturb(policy, std: float = 0.1) -> None:
-    """Give an adapter B matrices other than 0, as training does."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        for name, weight in policy.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(weight, std=std)
 
 
 # --- the table, and where weights come from ---
@@ -468,13 +462,55 @@ def test_bare_looks_through_wrappers():
     assert bare(wrapped) is model
 
 
-# --- policies ---
+# --- what weights become: merged for sampling, halved for training in mixed precision ---
 
 
-def policy_of(build: str):
-    policy = add_lora(small_model(build), r=4, alpha=8)
-    disturb(policy)
-    return policy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merged_weight_is_the_sum_in_float32_whatever_the_weight_s_own_dtype(dtype):
+    policy = policy_of("qwen2_biases")
+    halve_frozen(policy, dtype)
+    for name, projection in bare(policy).model.layers[0].self_attn.named_children():
+        a, b = projection.lora_A["default"].weight, projection.lora_B["default"].weight
+        base = projection.base_layer.weight
+        assert base.dtype == dtype
+        merged = merged_weight(projection)
+        assert merged.dtype == torch.float32
+        assert_close(merged, base.float() + 8 / 4 * b @ a, rtol=0, atol=1e-6)
+        assert (merged - base).abs().max() > 0.01, name
+    plain = bare(policy).lm_head
+    assert merged_weight(plain) is plain.weight
+    policy.merge_adapter()
+    projection = bare(policy).model.layers[0].mlp.up_proj
+    assert merged_weight(projection) is projection.base_layer.weight  # which holds the product already
+
+
+@pytest.mark.parametrize("build", ["llama_gqa_tied", "qwen2_biases", "qwen3_gqa_untied"])
+def test_halving_frozen_weights_leaves_all_that_trains_and_all_that_is_no_linear_weight(build):
+    policy = policy_of(build)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters(remove_duplicate=False)}
+    trains = {name for name, p in policy.named_parameters() if p.requires_grad}
+    halve_frozen(policy, torch.bfloat16)
+    linear = {f"{name}.weight" for name, module in policy.named_modules() if type(module) is torch.nn.Linear}
+    for name, p in policy.named_parameters(remove_duplicate=False):
+        halved = name in linear and name not in trains
+        assert p.dtype == (torch.bfloat16 if halved else torch.float32), name
+        assert torch.equal(p, before[name].to(p.dtype)) and p.requires_grad == (name in trains)
+    assert trains and bare(policy).get_input_embeddings().weight.dtype == torch.float32  # tied to the head or not
+
+
+def test_under_autocast_halved_weights_give_the_log_probs_and_gradients_that_they_gave():
+    """Autocast rounds them anyway; only the tied embedding and the norms, which stay, are read as they were."""
+
+    def run(policy) -> tuple[Tensor, list[Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = policy(input_ids=IDS, labels=IDS).loss
+        return loss.detach(), torch.autograd.grad(loss, [p for p in policy.parameters() if p.requires_grad])
+
+    policy = policy_of("llama_gqa_tied")
+    before = run(policy)
+    halve_frozen(policy, torch.bfloat16)
+    after = run(policy)
+    assert torch.equal(before[0], after[0]) and all(map(torch.equal, before[1], after[1]))
 
 
 # --- adapters on disk ---
@@ -488,6 +524,8 @@ def test_an_adapter_comes_back_from_its_folder(tmp_path):
     assert_close(logits(loaded), logits(policy), **CLOSE)
     assert not loaded.training
     assert_close(logits(load_adapter(small_model(), tmp_path / "half")), logits(policy), rtol=0, atol=0.1)
+    text = IDS[0].tolist()
+    assert_close(decoder_logits(Decoder(loaded), text), plain_logits(policy, text), **CLOSE)  # and samples as it is
     for folder, dtype in (("exact", torch.float32), ("half", torch.bfloat16)):
         weights = load_file(tmp_path / folder / "adapter_model.safetensors")
         assert len(weights) == 2 * 2 * 7 and all("lora_" in name for name in weights)  # the adapter alone
