@@ -1,7 +1,9 @@
-"""The command line: python -m helpers train | evaluate | chat | results | recipes."""
+"""The command line: python -m helpers train | evaluate | chat | results | datagen | benchmark | recipes."""
 
 import argparse
 import sys
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from helpers.names import unknown
@@ -11,6 +13,8 @@ EXAMPLES = {
     "evaluate": "python -m helpers evaluate runs/pocket@sft runs/pocket@grpo --temperature 1",
     "chat": "python -m helpers chat runs/pocket",
     "results": "python -m helpers results runs/pocket",
+    "datagen": "python -m helpers datagen syllogism --size 200 --out runs/traces.jsonl",
+    "benchmark": "python -m helpers benchmark --quick",
     "recipes": "python -m helpers recipes",
 }
 
@@ -50,6 +54,27 @@ def parser() -> argparse.ArgumentParser:
 
     results = command("results", "A table of the accuracies that runs have logged, and what GRPO changed in each.")
     results.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder")
+    datagen = command("datagen", "Write warm-up traces that the verifier accepts: by the offline teacher or an API.")
+    datagen.add_argument("task", metavar="TASK", help="the task of the training questions")
+    datagen.add_argument("--out", type=Path, required=True, help="a JSON Lines file; what it has is not written again")
+    datagen.add_argument("--size", type=int, default=200, help="questions")
+    datagen.add_argument("--seed", type=int, default=0, help="of the questions: the seed of the run that will use them")
+    datagen.add_argument("--unbalanced", action="store_true", help="the task's stock mix of answers")
+    # The names of ApiConfig's fields; what is not given here keeps the default it has there.
+    api = datagen.add_argument_group("an OpenAI-compatible API, its key in the environment as OPENAI_API_KEY")
+    api.add_argument("--api-model", nargs="?", const="gpt-4.1-mini", dest="model", help="gpt-4.1-mini if not named")
+    api.add_argument("--base-url", help="of another server, as in http://localhost:8000/v1")
+    api.add_argument("--concurrency", type=int, help="open requests at most (default: 50)")
+    api.add_argument("--attempts", type=int, help="replies one question may cost, all sessions together (default: 3)")
+    api.add_argument("--max-retries", type=int, help="of a request without a reply (default: 5)")
+    api.add_argument("--timeout", type=float, help="seconds without a reply (default: 60)")
+    api.add_argument("--max-tokens", type=int, help="of a reply (default: 600)")
+    api.add_argument("--temperature", type=float, help="(default: 0.7)")
+    api.add_argument("--prices", type=float, nargs=2, metavar=("IN", "OUT"), help="USD for a million tokens")
+    benchmark = command("benchmark", "Time rollouts and steps against transformers, TRL and the machine's own limit.")
+    benchmark.add_argument("--quick", action="store_true", help="bfloat16 alone, one repeat; under 2 minutes")
+    benchmark.add_argument("--json", type=Path, metavar="FILE", help="keep all numbers, and the figure beside them")
+    benchmark.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
     command("recipes", "List the recipes and the models.")
     return top
 
@@ -167,6 +192,42 @@ def run_results(args: argparse.Namespace) -> None:
     print()
 
 
+def run_datagen(args: argparse.Namespace) -> None:
+    """`datagen`."""
+    from helpers.datagen import ApiConfig, make_traces
+    from helpers.tasks import load_task
+
+    given = {f.name: getattr(args, f.name) for f in fields(ApiConfig) if getattr(args, f.name) is not None}
+    if given and not given.keys() & {"model", "base_url"}:
+        option = next(iter(given)).replace("_", "-")
+        raise ValueError(f"--{option} is for an API; add --api-model or --base-url.")
+    task = load_task(args.task, "train", args.size, args.seed, balanced=not args.unbalanced)
+    try:
+        print(make_traces(task, args.out, ApiConfig(**given) if given else None))
+    except KeyboardInterrupt:
+        print(f"\nStopped. What is in {args.out} is kept; the same command goes on from there.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def run_benchmark(args: argparse.Namespace) -> None:
+    """`benchmark`."""
+    import json
+
+    import torch
+
+    from helpers.benchmark import Job, benchmark, table
+    from helpers.plots import benchmark_bars
+    from helpers.runs import write_atomically
+
+    say = partial(print, file=sys.stderr, flush=True)
+    result = benchmark(Job(threads=args.threads or torch.get_num_threads()), quick=args.quick, say=say)
+    print(table(result))
+    if args.json:
+        write_atomically(args.json, json.dumps(result, indent=1))
+        benchmark_bars(result).savefig(args.json.with_suffix(".png"))
+        print(f"Kept in {args.json} and {args.json.with_suffix('.png')}.", file=sys.stderr)
+
+
 def run_recipes(args: argparse.Namespace) -> None:
     """`recipes`."""
     from helpers.models import MODELS
@@ -182,7 +243,7 @@ def run_recipes(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command. What the reader got wrong is one sentence on stderr and exit code 2."""
     args = parser().parse_args(argv)
-    commands = (run_train, run_evaluate, run_chat, run_results, run_recipes)
+    commands = (run_train, run_evaluate, run_chat, run_results, run_datagen, run_benchmark, run_recipes)
     try:
         {run.__name__.removeprefix("run_"): run for run in commands}[args.command](args)
     except (ValueError, RuntimeError, OSError) as error:

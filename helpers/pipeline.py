@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from helpers.datagen import load_traces
 from helpers.decoder import sampling_copy
 from helpers.evaluate import evaluate, mcnemar, report
 from helpers.grpo import grpo
@@ -41,6 +42,9 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, say=print) -> R
     # Whatever is wrong with a recipe shows here, before its folder is made.
     test = held_out(recipe)
     traces = load_task(recipe.task, "train", recipe.sft.traces, seed=recipe.seed, balanced=recipe.balanced)
+    written = None
+    if recipe.sft.traces_file:
+        written, traces = load_traces(recipe.sft.traces_file, traces)
     task = load_task(recipe.task, "train", recipe.train_size, seed=recipe.seed + 1000, balanced=recipe.balanced)
     model, tokenizer = start_model(recipe)
     if recipe.lora and recipe.mixed_precision == "bf16":
@@ -51,7 +55,7 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, say=print) -> R
     say(f"{recipe.model} on {recipe.task}, seed {recipe.seed}; the run is kept in {run.folder}")
 
     _evaluate_stage(run, "base", model, tokenizer, test, recipe, say)
-    sft(model, tokenizer, traces, recipe.sft, accelerator=accelerator, run=run, seed=recipe.seed)
+    sft(model, tokenizer, traces, recipe.sft, traces=written, accelerator=accelerator, run=run, seed=recipe.seed)
     _evaluate_stage(run, "sft", model, tokenizer, test, recipe, say)
 
     sampler_dtype = getattr(torch, recipe.sampler_dtype) if recipe.sampler_dtype else None

@@ -22,12 +22,14 @@ from helpers.tasks import Task
 class SFTConfig:
     """The warm-up's settings. Defaults: the article's 200 traces, at a LoRA learning rate.
 
-    traces: how many a run draws. batch_size of them make one update, minibatch_size go through the model at once.
+    traces: how many a run draws. traces_file: where `datagen` wrote them for the same questions (none: the offline
+    teacher writes them). batch_size of them make one update, minibatch_size go through the model at once.
     warmup and decay: shares of the updates in which the learning rate rises from and falls to 0. checkpoint_every:
     updates.
     """
 
     traces: int = 200
+    traces_file: str | None = None
     epochs: int = 3
     batch_size: int = 16
     minibatch_size: int = 16

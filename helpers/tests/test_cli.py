@@ -111,6 +111,7 @@ def refused(arguments, capsys):
         (["evaluate", "pocket", "--size", "0"], "Ask for a size of 1 or more with a seed of 0 or more, not 0 with 0."),
         (["evaluate", "pocket", "--adapter", "nowhere"],
          "nowhere holds no adapter_model.safetensors: give the folder that peft saved."),
+        (["datagen", "sylogism", "--out", "traces.jsonl"], "There is no task 'sylogism'; did you mean 'syllogism'?"),
         (["chat", "pocket", "--adapter", "nowhere"],
          "nowhere holds no adapter_model.safetensors: give the folder that peft saved."),
     ],
