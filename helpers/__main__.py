@@ -1,4 +1,4 @@
-"""The command line: python -m helpers train | evaluate | chat | results | datagen | benchmark | recipes."""
+"""The command line: python -m helpers train | evaluate | chat | results | datagen | benchmark | ablation | recipes."""
 
 import argparse
 import sys
@@ -15,6 +15,7 @@ EXAMPLES = {
     "results": "python -m helpers results runs/pocket",
     "datagen": "python -m helpers datagen syllogism --size 200 --out runs/traces.jsonl",
     "benchmark": "python -m helpers benchmark --quick",
+    "ablation": "python -m helpers ablation --out runs/ablation --workers 2",
     "recipes": "python -m helpers recipes",
 }
 
@@ -75,6 +76,13 @@ def parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--quick", action="store_true", help="bfloat16 alone, one repeat; under 2 minutes")
     benchmark.add_argument("--json", type=Path, metavar="FILE", help="keep all numbers, and the figure beside them")
     benchmark.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
+    ablation = command("ablation", "Train the pocket model with one setting changed at a time, on several seeds.")
+    ablation.add_argument("--out", type=Path, required=True, help="a folder; what it has is not run again")
+    ablation.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    ablation.add_argument("--variants", nargs="+", metavar="NAME", help="some of them (default: all)")
+    ablation.add_argument("--workers", type=int, default=1, help="runs at a time, one CPU core each")
+    ablation.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="settings",
+                          help="change settings of the recipe for all")  # fmt: skip
     command("recipes", "List the recipes and the models.")
     return top
 
@@ -228,6 +236,17 @@ def run_benchmark(args: argparse.Namespace) -> None:
         print(f"Kept in {args.json} and {args.json.with_suffix('.png')}.", file=sys.stderr)
 
 
+def run_ablation(args: argparse.Namespace) -> None:
+    """`ablation`."""
+    from helpers.ablation import VARIANTS, ablate, ablation_table
+
+    if args.seeds < 1 or args.workers < 1:
+        raise ValueError("--seeds and --workers are 1 or more.")
+    records = ablate(args.out, range(args.seeds), args.variants or tuple(VARIANTS), args.workers,
+                     settings=args.settings, say=partial(print, file=sys.stderr, flush=True))  # fmt: skip
+    print(ablation_table(records))
+
+
 def run_recipes(args: argparse.Namespace) -> None:
     """`recipes`."""
     from helpers.models import MODELS
@@ -243,7 +262,7 @@ def run_recipes(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command. What the reader got wrong is one sentence on stderr and exit code 2."""
     args = parser().parse_args(argv)
-    commands = (run_train, run_evaluate, run_chat, run_results, run_datagen, run_benchmark, run_recipes)
+    commands = (run_train, run_evaluate, run_chat, run_results, run_datagen, run_benchmark, run_ablation, run_recipes)
     try:
         {run.__name__.removeprefix("run_"): run for run in commands}[args.command](args)
     except (ValueError, RuntimeError, OSError) as error:

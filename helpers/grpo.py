@@ -26,7 +26,8 @@ class GRPOConfig:
 
     A step fills the buffer (buffer_size responses, questions_per_rollout x group_size at a time), then goes through
     it updates_per_buffer times in random minibatches. gradient_accumulation minibatches make one update.
-    measure_kl logs the KL to the reference model (the policy the loop starts from) even where beta is 0.
+    steps: 0 leaves the loop out. measure_kl logs the KL to the reference model (the policy the loop starts from) even
+    where beta is 0.
     """
 
     steps: int = 100
@@ -52,14 +53,14 @@ class GRPOConfig:
         whole = ("steps", "questions_per_rollout", "buffer_size", "updates_per_buffer", "minibatch_size",
                  "gradient_accumulation", "max_new_tokens", "checkpoint_every")  # fmt: skip
         for name in whole:
-            if getattr(self, name) < 1:
-                raise ValueError(f"grpo.{name} must be 1 or more, not {getattr(self, name)}.")
+            least = int(name != "steps")
+            if getattr(self, name) < least:
+                raise ValueError(f"grpo.{name} must be {least} or more, not {getattr(self, name)}.")
         if self.group_size < 2:
             raise ValueError(f"grpo.group_size must be 2 or more: one response has no group, not {self.group_size}.")
         if not (self.temperature > 0 and 0 < self.top_p <= 1 and self.learning_rate > 0 and self.max_grad_norm > 0):
             raise ValueError("grpo needs temperature, learning_rate and max_grad_norm above 0, and 0 < top_p <= 1.")
         group_advantages(torch.zeros(1, 2), scale=self.scale, std_ddof=self.std_ddof)  # says what is wrong with these
-
 
     @property
     def every_row(self) -> bool:

@@ -35,7 +35,7 @@ def held_out(recipe: Recipe) -> Task:
     return load_task(recipe.task, "test", recipe.evaluation.size, seed=0, balanced=recipe.balanced)
 
 
-def train(recipe: Recipe, out: str | Path, resume: bool = False, say=print) -> Run:
+def train(recipe: Recipe, out: str | Path, resume: bool = False, say=print, progress: bool = True) -> Run:
     """Run a recipe in a folder, or go on with what is there. `say` gets a line for a person at each milestone."""
     if resume:
         recipe = build(Recipe, Run.open(out).config["recipe"])
@@ -55,13 +55,14 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, say=print) -> R
     say(f"{recipe.model} on {recipe.task}, seed {recipe.seed}; the run is kept in {run.folder}")
 
     _evaluate_stage(run, "base", model, tokenizer, test, recipe, say)
-    sft(model, tokenizer, traces, recipe.sft, traces=written, accelerator=accelerator, run=run, seed=recipe.seed)
+    sft(model, tokenizer, traces, recipe.sft, traces=written, accelerator=accelerator, run=run, seed=recipe.seed,
+        progress=progress)  # fmt: skip
     _evaluate_stage(run, "sft", model, tokenizer, test, recipe, say)
 
     sampler_dtype = getattr(torch, recipe.sampler_dtype) if recipe.sampler_dtype else None
     grpo(
         model, tokenizer, task, recipe.grpo, reward=Reward(task, recipe.reward), accelerator=accelerator,
-        sampler_dtype=sampler_dtype, run=run, seed=recipe.seed,
+        sampler_dtype=sampler_dtype, run=run, seed=recipe.seed, progress=progress,
     )  # fmt: skip
     _evaluate_stage(run, "grpo", model, tokenizer, test, recipe, say)
     if recipe.lora:

@@ -1,6 +1,7 @@
 """The warm-up: supervised fine-tuning on traces whose answer the verifier accepts."""
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,13 +24,15 @@ class SFTConfig:
     """The warm-up's settings. Defaults: the article's 200 traces, at a LoRA learning rate.
 
     traces: how many a run draws. traces_file: where `datagen` wrote them for the same questions (none: the offline
-    teacher writes them). batch_size of them make one update, minibatch_size go through the model at once.
-    warmup and decay: shares of the updates in which the learning rate rises from and falls to 0. checkpoint_every:
-    updates.
+    teacher writes them). leave_out: a regular expression; what it matches is cut out of each trace's thinking, to see
+    what that part teaches. epochs: 0 leaves the warm-up out. batch_size traces make one update, minibatch_size go
+    through the model at once. warmup and decay: shares of the updates in which the learning rate rises from and falls
+    to 0. checkpoint_every: updates.
     """
 
     traces: int = 200
     traces_file: str | None = None
+    leave_out: str | None = None
     epochs: int = 3
     batch_size: int = 16
     minibatch_size: int = 16
@@ -41,8 +44,13 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         for name in ("traces", "epochs", "batch_size", "minibatch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sft.{name} must be 1 or more, not {getattr(self, name)}.")
+            least = int(name != "epochs")
+            if getattr(self, name) < least:
+                raise ValueError(f"sft.{name} must be {least} or more, not {getattr(self, name)}.")
+        try:
+            re.compile(self.leave_out or "")
+        except re.error as error:
+            raise ValueError(f"sft.leave_out is no regular expression: {error}.") from None
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.learning_rate > 0 and self.max_grad_norm > 0):
             raise ValueError(
                 "sft.warmup and sft.decay are shares from 0 to 1; learning_rate and max_grad_norm are above 0."
@@ -96,6 +104,8 @@ def sft(
     accelerator = accelerator or Accelerator()
     if traces is None:
         traces = [(task.thinking(example), example.answer) for example in task]
+    if config.leave_out:
+        traces = [(re.sub(config.leave_out, "", thinking), answer) for thinking, answer in traces]
     data = encode_traces(tokenizer, task, traces)
     weights = [p for p in model.parameters() if p.requires_grad]
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0))

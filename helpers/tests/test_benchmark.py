@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers.benchmark import Coin, Job, Sized, alternate, best_ratio, prompts_of, summary, table
+from helpers.benchmark import Coin, Job, Sized, alternate, best_ratio, growth, ours_growing, prompts_of, summary, table
 from helpers.limits import Shape, Work, limits, operations, seen
 from helpers.models import load_model
 from helpers.plots import benchmark_bars
@@ -90,6 +90,28 @@ def test_contestants_do_the_work_in_processes_of_their_own(name, dtype):
     found = alternate([name], replace(POCKET, dtype=dtype), 1, lambda text: None)[name]
     assert len(found["times"]) == 1 and found["seconds"] > 0 and found["peak_bytes"] > 10**7
     assert (found["sampling_seconds"] is not None) == (name == "ours_step")
+
+
+def test_growth_times_a_step_at_each_size(monkeypatch):
+    monkeypatch.setattr("helpers.benchmark.alternate", lambda names, job, rounds, say, warm_up: {
+        names[0]: {"times": list(range(rounds))}})  # fmt: skip
+    found = growth(POCKET, lambda text: None)
+    assert found["group_size"] == [(2, 1), (8, 3), (32, 5)] and found["prompt_length"][-1] == (1024, 17)
+
+
+def test_each_size_is_made_ready_and_then_timed(monkeypatch):
+    seen = []
+
+    def step(job):
+        while True:
+            seen.append((job.length, job.group_size))
+            yield
+
+    monkeypatch.setattr("helpers.benchmark.SIZES", {"length": (5, 3), "group_size": (4,)})
+    monkeypatch.setattr("helpers.benchmark.ours_step", step)
+    after = [list(seen) for _ in ours_growing(POCKET)]
+    ready_and_timed = [(5, 2), (5, 2), (3, 2), (3, 2), (4, 4), (4, 4)]
+    assert after == [ready_and_timed[:n] for n in range(7)]
 
 
 def test_what_stopped_a_contestant_is_told():

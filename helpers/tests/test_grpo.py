@@ -538,9 +538,10 @@ def test_the_same_seed_gives_the_same_run_and_another_another():
     ("setting", "message"),
     [
         *(({name: 0}, rf"^grpo\.{name} must be 1 or more, not 0\.$") for name in (
-            "steps", "questions_per_rollout", "buffer_size", "updates_per_buffer", "minibatch_size",
+            "questions_per_rollout", "buffer_size", "updates_per_buffer", "minibatch_size",
             "gradient_accumulation", "max_new_tokens", "checkpoint_every",
         )),
+        ({"steps": -1}, r"^grpo\.steps must be 0 or more, not -1\.$"),
         ({"group_size": 1}, r"^grpo\.group_size must be 2 or more: one response has no group, not 1\.$"),
         ({"temperature": 0.0}, "temperature, learning_rate and max_grad_norm above 0"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),

@@ -96,7 +96,7 @@ def test_settings_count_in_order_and_leave_their_neighbours():
         (["grpo.steps=true"], "grpo.steps must be a whole number, not True."),
         (["grpo.steps=1.5"], "grpo.steps must be a whole number, not 1.5."),
         (["grpo.steps=null"], "grpo.steps must be a whole number, not None."),
-        (["grpo.steps=0"], "grpo.steps must be 1 or more, not 0."),
+        (["grpo.steps=-1"], "grpo.steps must be 0 or more, not -1."),
         (["grpo.temperature=true"], "grpo.temperature must be a number, not True."),
         (["grpo.temperature=hot"], "grpo.temperature must be a number, not 'hot'."),
         (["grpo.temperature=[1]"], "grpo.temperature must be a number, not [1]."),

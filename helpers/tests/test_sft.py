@@ -92,6 +92,22 @@ def test_only_traces_that_the_verifier_accepts_are_learned(pocket):
         assert written.split() == completion(*traces[i]).split()
 
 
+def test_a_part_of_the_thinking_can_be_left_out(pocket, monkeypatch):
+    (model, tokenizer), seen = pocket, []
+    encode = module.encode_traces
+    monkeypatch.setattr(module, "encode_traces", lambda t, task, traces: seen.extend(traces) or encode(t, task, traces))
+    sft(model, tokenizer, TASK, SFTConfig(epochs=1, leave_out=r" = \d+"), progress=False)
+    assert [answer for _, answer in seen] == [example.answer for example in TASK]
+    assert [thinking for thinking, _ in seen] == [" ".join(example.metadata["word"]) for example in TASK]
+
+
+def test_without_an_epoch_the_model_stays_as_it_was(pocket):
+    model, tokenizer = pocket
+    before = [p.clone() for p in model.parameters()]
+    assert sft(model, tokenizer, TASK, SFTConfig(epochs=0), progress=False) == []
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) and not model.training
+
+
 def test_what_is_wrong_with_traces_is_one_sentence(pocket):
     model, tokenizer = pocket
     wrong = [(TASK.thinking(example), "none") for example in TASK]
@@ -154,10 +170,11 @@ def test_the_rate_falls_over_the_traces_that_are_left(pocket):
     ("setting", "message"),
     [
         ({"traces": 0}, r"^sft\.traces must be 1 or more, not 0\.$"),
-        ({"epochs": -1}, r"^sft\.epochs must be 1 or more, not -1\.$"),
+        ({"epochs": -1}, r"^sft\.epochs must be 0 or more, not -1\.$"),
         ({"batch_size": 0}, r"^sft\.batch_size must be 1 or more"),
         ({"minibatch_size": 0}, r"^sft\.minibatch_size must be 1 or more"),
         ({"checkpoint_every": 0}, r"^sft\.checkpoint_every must be 1 or more"),
+        ({"leave_out": "("}, r"^sft\.leave_out is no regular expression: missing \), unterminated subpattern"),
         ({"warmup": 1.5}, "are shares from 0 to 1"),
         ({"decay": -0.1}, "are shares from 0 to 1"),
         ({"learning_rate": 0.0}, "are above 0"),

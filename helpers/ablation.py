@@ -1,0 +1,172 @@
+"""Ablations on the pocket model: one setting changed at a time, on several seeds, from the same warm-up each."""
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from scipy import stats
+
+from helpers.evaluate import evaluate
+from helpers.grpo import grpo
+from helpers.names import unknown
+from helpers.pipeline import held_out, start_model, train
+from helpers.recipes import Recipe, load_recipe
+from helpers.runs import Run, environment, write_atomically
+from helpers.tasks import load_task
+
+BASELINE = "baseline"
+# What each variant changes in the recipe `pocket`; a step has 288 responses and 2 updates in all but those that say so.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    BASELINE: (),
+    "BNPO": ("grpo.loss.loss_type=bnpo",),
+    "DAPO, clip-higher": ("grpo.loss.loss_type=dapo", "grpo.loss.epsilon_high=0.28"),
+    "Dr. GRPO": ("grpo.loss.loss_type=dr_grpo", "grpo.scale=none"),
+    "GSPO": ("grpo.loss.importance=sequence", "grpo.loss.epsilon_low=0.0003", "grpo.loss.epsilon_high=0.0004"),
+    "CISPO": ("grpo.loss.loss_type=cispo", "grpo.loss.epsilon_high=5"),
+    "std not divided by": ("grpo.scale=none",),
+    "std of the batch": ("grpo.scale=batch",),
+    "G = 3": ("grpo.group_size=3", "grpo.questions_per_rollout=96"),
+    "G = 12": ("grpo.group_size=12", "grpo.questions_per_rollout=24"),
+    "temperature 0.7": ("grpo.temperature=0.7",),
+    "temperature 1.3": ("grpo.temperature=1.3",),
+    "1 update a buffer": ("grpo.minibatch_size=288",),
+    "6 updates a buffer": ("grpo.updates_per_buffer=3",),
+    "KL, beta 0.04": ("grpo.loss.beta=0.04",),
+    "entropy bonus 0.01": ("grpo.loss.entropy_coefficient=0.01",),
+    "learning rate / 3": ("grpo.learning_rate=3.3e-5",),
+    "learning rate x 3": ("grpo.learning_rate=3e-4",),
+    "no warm-up": ("sft.epochs=0",),
+}
+
+
+def _warm_up(recipe: str, settings: Sequence[str], seed: int, folder: Path) -> list[dict[str, Any]]:
+    chosen = load_recipe(recipe, [*settings, f"seed={seed}", "grpo.steps=0"])
+    run = train(chosen, folder, resume=(folder / "config.yaml").exists(), say=lambda text: None, progress=False)
+    stages = {"base": "base", "sft": "warm-up"}
+    return [
+        {"variant": stages[e["stage"]], "seed": seed, **_figures(e)}
+        for e in run.records("eval") if e["stage"] in stages and e["decoding"] == "sampled"
+    ]  # fmt: skip
+
+
+def _figures(summary: dict[str, Any]) -> dict[str, Any]:
+    wanted = ("questions", "accuracy", "baseline", "format_rate", "thinking_rate", "mean_length")
+    return {name: summary[name] for name in wanted}
+
+
+def _one(recipe: str, settings: Sequence[str], variant: str, seed: int, warm: Path) -> dict[str, Any]:
+    chosen: Recipe = load_recipe(recipe, [*settings, *VARIANTS[variant], f"seed={seed}"])
+    model, tokenizer = start_model(chosen)
+    if chosen.sft.epochs:
+        Run.open(warm).load_weights(model, "sft")
+    task = load_task(chosen.task, "train", chosen.train_size, seed=seed + 1000, balanced=chosen.balanced)
+    accelerator = Accelerator(cpu=True)
+    history = grpo(model, tokenizer, task, chosen.grpo, accelerator=accelerator, seed=seed, progress=False)
+    after = evaluate(model, tokenizer, held_out(chosen), temperature=chosen.evaluation.temperature, seed=seed,
+                     max_new_tokens=chosen.evaluation.max_new_tokens)  # fmt: skip
+    curves = {name: [round(r[name], 4) for r in history] for name in ("accuracy", "length", "entropy", "clip_share")}
+    return {"variant": variant, "seed": seed, **_figures(after.summary()), "curves": curves}
+
+
+def ablate(
+    out: str | Path,
+    seeds: Sequence[int] = (0, 1, 2),
+    variants: Sequence[str] = tuple(VARIANTS),
+    workers: int = 1,
+    recipe: str = "pocket",
+    settings: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Train each variant on each seed and append what came out to `out`/results.jsonl; what is there is not run again.
+
+    All variants of a seed go on from one warm-up and answer the same held-out questions, at temperature 1. `workers`
+    runs are under way at a time, one thread each. Returns all records. Raises ValueError for an unknown variant.
+    """
+    for name in variants:
+        if name not in VARIANTS:
+            raise ValueError(unknown("variant", name, VARIANTS))
+    run = Run(out)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if not (run.folder / "config.yaml").exists():
+        told = {"recipe": recipe, "settings": list(settings), "variants": {k: list(v) for k, v in VARIANTS.items()}}
+        told["environment"] = environment("cpu")
+        write_atomically(run.folder / "config.yaml", yaml.safe_dump(told, sort_keys=False))
+    run.mend()
+    done = {(r["variant"], r["seed"]) for r in run.records("results")}
+    missing = {seed: [v for v in variants if (v, seed) not in done] for seed in seeds}
+    missing = {seed: names for seed, names in missing.items() if names}
+    if not missing:
+        return run.records("results")
+
+    def keep(record: dict[str, Any]) -> None:
+        if (record["variant"], record["seed"]) not in done:
+            run.log("results", record)
+            say(f"seed {record['seed']}, {record['variant']}: {100 * record['accuracy']:.1f} %")
+
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"),
+                             initializer=torch.set_num_threads, initargs=(1,)) as pool:  # fmt: skip
+        folders = {seed: run.folder / f"warm-up-seed{seed}" for seed in missing}
+        starts = {pool.submit(_warm_up, recipe, settings, seed, folder): seed for seed, folder in folders.items()}
+        waiting = []
+        for future in as_completed(starts):
+            seed = starts[future]
+            for record in future.result():
+                keep(record)
+            waiting += [pool.submit(_one, recipe, settings, name, seed, folders[seed]) for name in missing[seed]]
+        for future in as_completed(waiting):
+            keep(future.result())
+    return run.records("results")
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % interval of a mean over seeds, by Student's t; with one value the interval is without bounds."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), -np.inf, np.inf
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
+def against_baseline(records: Sequence[dict[str, Any]], key: str = "accuracy") -> list[dict[str, Any]]:
+    """For each variant: its mean over seeds, and the mean difference to the baseline of the same seeds, with intervals.
+
+    The difference is paired: a seed's warm-up and questions are the same for both, so they cancel. "differs": its
+    interval leaves out 0. `key`: a figure of the records, a share in [0, 1] for accuracy.
+    """
+    by_variant: dict[str, dict[int, float]] = {}
+    for record in records:
+        by_variant.setdefault(record["variant"], {})[record["seed"]] = record[key]
+    base = by_variant[BASELINE]
+    order = [name for name in ("base", "warm-up", *VARIANTS) if name in by_variant]
+    rows = []
+    for name in order:
+        values = by_variant[name]
+        mean, low, high = mean_interval(list(values.values()))
+        gain, gain_low, gain_high = mean_interval([v - base[seed] for seed, v in values.items() if seed in base])
+        rows.append(
+            {"variant": name, "seeds": len(values), "mean": mean, "low": low, "high": high, "gain": gain,
+             "gain_low": gain_low, "gain_high": gain_high,
+             "differs": name != BASELINE and (gain_low > 0 or gain_high < 0)}
+        )  # fmt: skip
+    return rows
+
+
+def ablation_table(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line a variant, sampled accuracy and its paired difference to the baseline, in points."""
+    lines = [
+        "| variant | sampled accuracy, % | difference to the baseline, points (95 %) | parts from 0 | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for row in against_baseline(records):
+        gain = f"{100 * row['gain']:+.1f} ({100 * row['gain_low']:+.1f} to {100 * row['gain_high']:+.1f})"
+        verdict = "yes" if row["differs"] else "no"
+        if row["variant"] == BASELINE:
+            gain = verdict = ""
+        lines.append(f"| {row['variant']} | {100 * row['mean']:.1f} | {gain} | {verdict} | {row['seeds']} |")
+    return "\n".join(lines)
