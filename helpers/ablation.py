@@ -93,10 +93,10 @@ def ablate(
             raise ValueError(unknown("variant", name, VARIANTS))
     run = Run(out)
     run.folder.mkdir(parents=True, exist_ok=True)
-    if not (run.folder / "config.yaml").exists():
+    if not (run.folder / "ablation.yaml").exists():
         told = {"recipe": recipe, "settings": list(settings), "variants": {k: list(v) for k, v in VARIANTS.items()}}
         told["environment"] = environment("cpu")
-        write_atomically(run.folder / "config.yaml", yaml.safe_dump(told, sort_keys=False))
+        write_atomically(run.folder / "ablation.yaml", yaml.safe_dump(told, sort_keys=False))
     run.mend()
     done = {(r["variant"], r["seed"]) for r in run.records("results")}
     missing = {seed: [v for v in variants if (v, seed) not in done] for seed in seeds}

@@ -14,12 +14,13 @@ FAMILIES = ("llama", "qwen2", "qwen3", "mistral")  # transformers' model types w
 def packed_product(weight: Tensor, bias: Tensor | None):
     """The function x -> x @ weight.T + bias, with the weight laid out beforehand where that is faster.
 
-    A CPU with bfloat16 instructions otherwise rearranges the weight at every call, which costs as much as a product
-    with 48 rows. What torch's compiler uses for frozen weights is used here.
+    A CPU otherwise rearranges the weight at every call, which for few rows costs as much as the product itself. What
+    torch's compiler uses for frozen weights is used here.
     """
     ops = torch.ops.mkldnn
     on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()  # not every build of torch has it
-    if on_cpu and weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported():
+    half = weight.dtype == torch.bfloat16 and on_cpu and ops._is_mkldnn_bf16_supported()
+    if on_cpu and (half or weight.dtype == torch.float32):
         packed = ops._reorder_linear_weight(weight.contiguous())
         return lambda x: ops._linear_pointwise(x, packed, bias, "none", [], "")
     return lambda x: F.linear(x, weight, bias)

@@ -16,6 +16,7 @@ from helpers.recipes import Recipe, build
 from helpers.rewards import Reward
 from helpers.runs import Run
 from helpers.sft import sft
+from helpers.stock import stock_score
 from helpers.tasks import Task, load_task
 
 
@@ -57,18 +58,23 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, say=print, prog
     _evaluate_stage(run, "base", model, tokenizer, test, recipe, say)
     sft(model, tokenizer, traces, recipe.sft, traces=written, accelerator=accelerator, run=run, seed=recipe.seed,
         progress=progress)  # fmt: skip
-    _evaluate_stage(run, "sft", model, tokenizer, test, recipe, say)
+    stages = ["base"]
+    if recipe.sft.epochs:
+        stages.append("sft")
+        _evaluate_stage(run, "sft", model, tokenizer, test, recipe, say)
 
     sampler_dtype = getattr(torch, recipe.sampler_dtype) if recipe.sampler_dtype else None
     grpo(
         model, tokenizer, task, recipe.grpo, reward=Reward(task, recipe.reward), accelerator=accelerator,
         sampler_dtype=sampler_dtype, run=run, seed=recipe.seed, progress=progress,
     )  # fmt: skip
-    _evaluate_stage(run, "grpo", model, tokenizer, test, recipe, say)
+    if recipe.grpo.steps:
+        stages.append("grpo")
+        _evaluate_stage(run, "grpo", model, tokenizer, test, recipe, say)
     if recipe.lora:
         save_adapter(model, run.folder / "adapter")
-    for decoding in ("greedy", "sampled"):
-        say(compare(run, "sft", "grpo", decoding))
+    for decoding in ("greedy", "sampled") if len(stages) > 1 else ():
+        say(compare(run, *stages[-2:], decoding))
     return run
 
 
@@ -102,24 +108,30 @@ def compare(run: Run, before: str, after: str, decoding: str) -> str:
 
 
 def results_table(folders: Sequence[str | Path]) -> str:
-    """A Markdown table of runs: each stage's held-out accuracy in %, its 95 % interval, and what belongs beside it."""
+    """A Markdown table of runs: each stage's held-out accuracy in %, its 95 % interval, and what belongs beside it.
+
+    "stock scorer" is what reasoning-gym's own scorer gives the same sampled responses on average.
+    """
 
     def share(e: dict) -> str:
         return f"{100 * e['accuracy']:.1f} ({100 * e['accuracy_low']:.1f} to {100 * e['accuracy_high']:.1f})"
 
     lines = [
-        "| run | stage | greedy | sampled | constant answer | format | derivation right | n |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | stage | greedy | sampled | stock scorer | constant answer | format | derivation right | n |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for folder in folders:
-        evaluations = Run.open(folder).records("eval")
+        run = Run.open(folder)
+        test, evaluations = held_out(build(Recipe, run.config["recipe"])), run.records("eval")
         for stage in dict.fromkeys(e["stage"] for e in evaluations):
             of_stage = {e["decoding"]: e for e in evaluations if e["stage"] == stage}
             if len(of_stage) < 2:
                 continue  # the run is not that far
             greedy, sampled = of_stage["greedy"], of_stage["sampled"]
+            records = run.records(f"evaluations/{stage}-sampled")
+            stock = sum(stock_score(r["answer"], test[r["question"]], test) for r in records) / len(records)
             lines.append(
-                f"| {Path(folder).name} | {stage} | {share(greedy)} | {share(sampled)} "
+                f"| {Path(folder).name} | {stage} | {share(greedy)} | {share(sampled)} | {100 * stock:.1f} "
                 f"| {100 * greedy['baseline']:.1f} | {100 * sampled['format_rate']:.0f} "
                 f"| {100 * sampled['thinking_rate']:.0f} | {greedy['questions']} |"
             )
