@@ -223,13 +223,15 @@ def run_benchmark(args: argparse.Namespace) -> None:
 
     import torch
 
-    from helpers.benchmark import Job, benchmark, table
+    from helpers.benchmark import Job, benchmark, profile_table, table
     from helpers.plots import benchmark_bars
     from helpers.runs import write_atomically
 
     say = partial(print, file=sys.stderr, flush=True)
     result = benchmark(Job(threads=args.threads or torch.get_num_threads()), quick=args.quick, say=say)
     print(table(result))
+    if result["profile"]:
+        print(f"\n{profile_table(result)}")
     if args.json:
         write_atomically(args.json, json.dumps(result, indent=1))
         benchmark_bars(result).savefig(args.json.with_suffix(".png"))

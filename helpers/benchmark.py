@@ -17,6 +17,7 @@ import torch
 from helpers.buffer import Buffer
 from helpers.decoder import sampling_copy
 from helpers.grpo import GRPOConfig, collect, learn
+from helpers.hotspots import hotspots
 from helpers.limits import Shape, Work, limits
 from helpers.losses import LossConfig
 from helpers.models import add_lora, halve_frozen, load_model
@@ -355,10 +356,10 @@ def time_to(target: float, say: Callable[[str], None]) -> dict[str, Any]:
 def benchmark(job: Job, quick: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Everything that is measured, as plain values for JSON; see `table`.
 
-    quick: bfloat16 and half the tokens alone, no growth and no pocket model. A whole step is timed once, from a cold
-    start for both: a second one of TRL's costs minutes.
+    quick: bfloat16 alone, half the questions and half the tokens, no growth, no profile and no pocket model. A whole
+    step is timed once, from a cold start for both: a second one of TRL's costs minutes.
     """
-    job = replace(job, length=job.length // 2) if quick else job
+    job = replace(job, questions=job.questions // 2, length=job.length // 2) if quick else job
     model, tokenizer = load_model(job.model, device="cpu")
     work = Work(tuple(map(len, prompts_of(job, tokenizer))), job.group_size, job.length)
     shape = Shape.of(model.config, job.lora_r)
@@ -375,6 +376,8 @@ def benchmark(job: Job, quick: bool = False, say: Callable[[str], None] = print)
         result["dtypes"][dtype] = found
     result["growth"] = None if quick else growth(replace(job, dtype="bfloat16"), say)
     result["pocket"] = None if quick else time_to(0.8, say)
+    half = replace(job, dtype="bfloat16")
+    result["profile"] = None if quick else {name: hotspots(name, half) for name in ("ours_rollouts", "ours_step")}
     return result
 
 
@@ -401,6 +404,15 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"| {names[name]} | {dtype} | {r['seconds']:.1f} | {tokens / r['seconds']:.0f} | {ratio} | "
                          f"{share} | {r['peak_bytes'] / 2**30:.1f} GiB |")  # fmt: skip
     return "\n".join(lines)
+
+
+def profile_table(result: dict[str, Any]) -> str:
+    """Where our time goes in bfloat16, as Markdown: each kind of operation's share of the whole, in %."""
+    rollouts, step = (result["profile"][name] for name in ("ours_rollouts", "ours_step"))
+    lines = ["| where our time goes (bfloat16) | rollouts | whole step |", "|---|---|---|"]
+    return "\n".join(
+        [*lines, *(f"| {kind} | {100 * rollouts[kind]:.0f} % | {100 * step[kind]:.0f} % |" for kind in step)]
+    )
 
 
 def best_ratio(result: dict[str, Any]) -> float | None:

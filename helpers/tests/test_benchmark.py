@@ -6,7 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers.benchmark import Coin, Job, Sized, alternate, best_ratio, growth, ours_growing, prompts_of, summary, table
+from helpers.benchmark import (
+    Coin,
+    Job,
+    Sized,
+    alternate,
+    best_ratio,
+    growth,
+    ours_growing,
+    profile_table,
+    prompts_of,
+    summary,
+    table,
+)
+from helpers.hotspots import KINDS, OUTSIDE, REST, hotspots, kind_of, shares
 from helpers.limits import Shape, Work, limits, operations, seen
 from helpers.models import load_model
 from helpers.plots import benchmark_bars
@@ -145,3 +158,28 @@ def test_the_figure_draws_what_ran():
     bars, growth, memory = fig.axes
     assert sorted(p.get_height() for p in bars.patches) == [1, 2, 2.5, 4, 5, 8, 10, 20]
     assert len(growth.lines) == 4 and len(memory.patches) == 4
+
+
+# --- where the time goes ---
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("aten::addmm", "matrix products"), ("mkldnn::_linear_pointwise", "matrix products"),
+     ("aten::copy_", "copies and conversions"), ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+     ("aten::silu", REST)],
+)  # fmt: skip
+def test_operations_are_told_apart_by_name(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_shares_add_up_to_the_whole():
+    found = shares([("aten::mm", 2.0), ("aten::bmm", 1.0), ("aten::mul", 1.0)], 8.0)
+    assert found == {**dict.fromkeys(KINDS, 0.0), "matrix products": 0.375, REST: 0.125, OUTSIDE: 0.5}
+
+
+def test_a_contestant_is_profiled_in_a_process_of_its_own():
+    found = hotspots("ours_rollouts", POCKET)
+    assert sum(found.values()) == pytest.approx(1, abs=0.2) and found["matrix products"] > 0
+    told = profile_table({"profile": {"ours_rollouts": found, "ours_step": found}})
+    assert len(told.splitlines()) == 2 + len(found)

@@ -247,12 +247,12 @@ def test_results_are_those_the_run_logged(trained, capsys, tmp_path):
     assert main(["results", str(folder), str(tmp_path / "new")]) == 0
     head, _, *rows, greedy, sampled = lines(capsys.readouterr().out)
     logged = Run.open(folder).records("eval")
-    assert head.startswith("| run | stage | greedy | sampled | constant answer |")
+    assert head.startswith("| run | stage | greedy | sampled | stock scorer | constant answer |")
     assert [row.split(" | ")[:2] for row in rows] == [["| run", stage] for stage in ("base", "sft", "grpo")]
     for row, (one, other) in zip(rows, zip(logged[::2], logged[1::2], strict=True), strict=True):
         columns = row.split(" | ")
-        assert columns[2].startswith(f"{100 * one['accuracy']:.1f} (") and columns[4] == "33.3"
-        assert columns[3].startswith(f"{100 * other['accuracy']:.1f} (") and columns[7] == "6 |"
+        assert columns[2].startswith(f"{100 * one['accuracy']:.1f} (") and columns[5] == "33.3"
+        assert columns[3].startswith(f"{100 * other['accuracy']:.1f} (") and columns[8] == "6 |"
     assert [greedy, sampled] == [f"run: {line}" for line in said[-2:]]
 
 
