@@ -1,4 +1,4 @@
-"""The command line: python -m helpers train | evaluate | chat | results | datagen | benchmark | ablation | recipes."""
+"""The command line: python -m helpers COMMAND; `python -m helpers --help` lists the commands."""
 
 import argparse
 import sys
@@ -17,6 +17,7 @@ EXAMPLES = {
     "benchmark": "python -m helpers benchmark --quick",
     "ablation": "python -m helpers ablation --out runs/ablation --workers 2",
     "recipes": "python -m helpers recipes",
+    "set-repository": "python -m helpers set-repository ada/rlvr",
 }
 
 
@@ -84,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
     ablation.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="settings",
                           help="change settings of the recipe for all")  # fmt: skip
     command("recipes", "List the recipes and the models.")
+    about = "Write the project's address on GitHub into the notebooks, for Colab: after a fork or a change of helpers/."
+    repository = command("set-repository", about)
+    repository.add_argument("repository", metavar="OWNER/NAME", nargs="?", help="(default: what it is now)")
     return top
 
 
@@ -261,12 +265,22 @@ def run_recipes(args: argparse.Namespace) -> None:
         print(f"{name:22} {card.about}")
 
 
+def run_set_repository(args: argparse.Namespace) -> None:
+    """`set-repository`."""
+    from helpers.colab import REPOSITORY, set_repository
+
+    repository = args.repository or REPOSITORY
+    changed = set_repository(repository)
+    print(f"{repository}: {', '.join(changed) or 'nothing had to be changed'}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command. What the reader got wrong is one sentence on stderr and exit code 2."""
     args = parser().parse_args(argv)
-    commands = (run_train, run_evaluate, run_chat, run_results, run_datagen, run_benchmark, run_ablation, run_recipes)
+    commands = (run_train, run_evaluate, run_chat, run_results, run_datagen, run_benchmark, run_ablation, run_recipes,
+                run_set_repository)  # fmt: skip
     try:
-        {run.__name__.removeprefix("run_"): run for run in commands}[args.command](args)
+        {run.__name__.removeprefix("run_").replace("_", "-"): run for run in commands}[args.command](args)
     except (ValueError, RuntimeError, OSError) as error:
         if "\n" in str(error):  # not one of our own sentences: the place in the code matters
             raise

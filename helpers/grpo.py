@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from accelerate import Accelerator
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from helpers.buffer import Buffer, Experience, collate
 from helpers.decoder import Decoder, sampling_copy
+from helpers.hygiene import NotFinite, StopAfterStep, Watch, check_finite
 from helpers.logprobs import completion_logprobs
 from helpers.losses import LossConfig, group_advantages, policy_loss
 from helpers.models import bare
@@ -142,6 +144,17 @@ def score(
     return result
 
 
+def agreement(
+    policy: nn.Module, collected: Collected, config: GRPOConfig, accelerator: Accelerator
+) -> dict[str, float]:
+    """The ratio of the trainer's to the sampler's probability of each token of a minibatch: the least, the greatest."""
+    policy.eval()  # with dropout they would differ, and a resumed run would draw other random numbers
+    responses = [r for group in collected.responses for r in group][: config.minibatch_size]
+    scores = score(policy, collected.experiences[: config.minibatch_size], config, accelerator)
+    ratio = (torch.cat(scores) - torch.tensor([x for r in responses for x in r.logprobs])).exp()
+    return {"sampler_ratio_min": ratio.min().item(), "sampler_ratio_max": ratio.max().item()}
+
+
 def learn(
     policy: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -152,6 +165,8 @@ def learn(
 ) -> dict[str, float]:
     """Go through the buffer `updates_per_buffer` times in random minibatches; returns means of the loss's statistics.
 
+    first_ratio_min and first_ratio_max are the ratio's in the first update. Raises NotFinite before an update whose
+    loss or gradient is no number.
     Responses with advantage 0 add nothing to the gradient unless KL or entropy act on them, so they are left out of
     the forward pass and the statistics, unless the KL is to be measured; `rows` and `tokens` still count them.
     """
@@ -186,21 +201,23 @@ def learn(
                     token_entropy=token_entropy, rows=rows, tokens=counted, max_length=config.max_new_tokens,
                 )  # fmt: skip
                 accelerator.backward(loss)
-                totals["loss"] += loss.item()
+                totals["loss"] += check_finite("loss", loss.item(), mini)
                 weight = int(b.mask.sum())
                 seen += weight
                 for name, value in stats.items():
                     if name in ("ratio_min", "ratio_max"):
                         pick = min if name == "ratio_min" else max
-                        totals[name] = pick(totals.get(name, value), value)
+                        for key in (name, f"first_{name}") if updates == 0 else (name,):
+                            totals[key] = pick(totals.get(key, value), value)
                     else:
                         totals[name] = totals.get(name, 0.0) + weight * value
-            totals["grad_norm"] += float(accelerator.clip_grad_norm_(weights, config.max_grad_norm))
+            norm = float(accelerator.clip_grad_norm_(weights, config.max_grad_norm))
+            totals["grad_norm"] += check_finite("gradient", norm, batch)
             optimizer.step()
             optimizer.zero_grad()
             updates += 1
-    per_update, extremes = ("loss", "grad_norm"), ("ratio_min", "ratio_max")
-    divisor = {name: updates if name in per_update else 1 if name in extremes else max(1, seen) for name in totals}
+    divisor = dict.fromkeys(totals, max(1, seen)) | {"loss": updates, "grad_norm": updates}
+    divisor |= {name: 1 for name in totals if name.endswith(("ratio_min", "ratio_max"))}
     return {name: value / divisor[name] for name, value in totals.items()}
 
 
@@ -235,19 +252,23 @@ def grpo(
     seed: int = 0,
     progress: bool = True,
     on_step: Callable[[dict], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train a policy in place, as the article's loop does; returns a dict of metrics a step.
 
     Each step depends on the weights, the optimiser's state, its number and the seed alone, so a run that was stopped
     goes on exactly. sampler_dtype: sample from a copy in this dtype, LoRA merged in; None samples from the policy.
-    With a run, logs and checkpoints go there. `on_step` is called with each step's metrics.
+    With a run, logs and checkpoints go there. `on_step` is called with each step's metrics. `say` gets the sentences of
+    `Watch` and on damaged checkpoints; without it they are printed where there is progress to see.
+    Ctrl-C raises `Stopped` after the step, with a checkpoint; a loss or gradient that is no number raises NotFinite.
     """
+    say = say or (tqdm.write if progress else lambda sentence: None)
     accelerator = accelerator or Accelerator()
     reward = reward or Reward(task)
     weights = [p for p in policy.parameters() if p.requires_grad]
     reference = {k: v.clone() for k, v in trained_weights(policy).items()}  # the policy the loop starts from
     policy, optimizer = accelerator.prepare(policy, torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0))
-    done = run.resume("grpo", policy, optimizer) if run else 0
+    done = run.resume("grpo", policy, optimizer, say) if run else 0
     sampler = sampling_copy(policy, sampler_dtype)
     if config.gradient_checkpointing:
         bare(policy).activation_checkpointing_enable()
@@ -256,56 +277,62 @@ def grpo(
     # A buffer used for one update is on-policy: the log-probs of that forward pass are the old ones as well.
     one_update = rollouts * per_rollout <= config.minibatch_size * config.gradient_accumulation
     on_policy = config.updates_per_buffer == 1 and one_update
-    history = []
-    bar = progress_bar("GRPO", config.steps, done, progress)
-    for step in range(done, config.steps):
-        start = time.perf_counter()
-        torch.manual_seed(seed * 1_000_003 + step)  # for LoRA's dropout: a resumed run drops what it would have dropped
-        if isinstance(sampler, Decoder):
-            sampler.refresh(policy)
-        buffer, collected = Buffer(config.buffer_size), []
-        while not buffer.full:
-            number = step * rollouts + len(collected)
-            collected.append(collect(sampler, tokenizer, task, reward, config, number, seed))
-            buffer.add(collected[-1].experiences)
-        sampled = time.perf_counter()
-        policy.train()
-        if not on_policy:
-            used = [i for i, e in enumerate(buffer.experiences) if config.every_row or e.advantage != 0]
-            old = score(policy, [buffer.experiences[i] for i in used], config, accelerator)
-            for i, logprobs in zip(used, old, strict=True):
-                buffer.experiences[i] = replace(buffer.experiences[i], old_logprobs=logprobs)
-        if config.loss.beta > 0 or config.measure_kl:
-            current = {k: v.clone() for k, v in trained_weights(policy).items()}
-            restore_weights(policy, reference)
-            ref = score(policy, buffer.experiences, config, accelerator)
-            restore_weights(policy, current)
-            buffer.experiences = [
-                replace(e, reference_logprobs=r) for e, r in zip(buffer.experiences, ref, strict=True)
-            ]
-        stats = learn(policy, optimizer, buffer, config, accelerator, seed=seed * 1_000_003 + step)
-        policy.eval()
-        end = time.perf_counter()
-        summary = summarise(collected)
-        tokens = summary["length"] * len(buffer)
-        record = {"stage": "grpo", "step": step + 1, **summary, **stats,
-                  "tokens_per_second": tokens / (sampled - start), "seconds_sampling": sampled - start,
-                  "seconds_learning": end - sampled}  # fmt: skip
-        history.append(record)
-        bar.set_postfix(
-            reward=f"{record['reward']:.2f}", length=f"{record['length']:.0f}",
-            tokens_s=f"{record['tokens_per_second']:.0f}",
-        )  # fmt: skip
-        bar.update()
-        if run:
-            run.log("metrics", record)
-            c = collected[0]
-            for text, part in zip(c.texts[0], c.parts[0], strict=True):
-                run.log("samples", {"stage": "grpo", "step": step + 1, "question": c.examples[0].question,
-                                    "truth": c.examples[0].answer, "completion": text, **part})  # fmt: skip
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                run.save_checkpoint("grpo", step + 1, policy, optimizer)
-        if on_step:
-            on_step(record)
-    bar.close()
+    history, watch = [], Watch(run.records("metrics") if run else [])
+    with progress_bar("GRPO", config.steps, done, progress) as bar, StopAfterStep(bar) as interrupt:
+        for step in range(done, config.steps):
+            start = time.perf_counter()
+            torch.manual_seed(seed * 1_000_003 + step)  # for LoRA's dropout, in a resumed run too
+            if isinstance(sampler, Decoder):
+                sampler.refresh(policy)
+            buffer, collected = Buffer(config.buffer_size), []
+            while not buffer.full:
+                number = step * rollouts + len(collected)
+                collected.append(collect(sampler, tokenizer, task, reward, config, number, seed))
+                buffer.add(collected[-1].experiences)
+            sampled = time.perf_counter()
+            first = agreement(policy, collected[0], config, accelerator) if step == done else {}
+            policy.train()
+            if not on_policy:
+                used = [i for i, e in enumerate(buffer.experiences) if config.every_row or e.advantage != 0]
+                old = score(policy, [buffer.experiences[i] for i in used], config, accelerator)
+                for i, logprobs in zip(used, old, strict=True):
+                    buffer.experiences[i] = replace(buffer.experiences[i], old_logprobs=logprobs)
+            if config.loss.beta > 0 or config.measure_kl:
+                current = {k: v.clone() for k, v in trained_weights(policy).items()}
+                restore_weights(policy, reference)
+                ref = score(policy, buffer.experiences, config, accelerator)
+                restore_weights(policy, current)
+                buffer.experiences = [
+                    replace(e, reference_logprobs=r) for e, r in zip(buffer.experiences, ref, strict=True)
+                ]
+            try:
+                stats = learn(policy, optimizer, buffer, config, accelerator, seed=seed * 1_000_003 + step)
+            except NotFinite as error:
+                raise error.kept(run, "grpo", step + 1, tokenizer) from None
+            policy.eval()
+            end = time.perf_counter()
+            summary = summarise(collected)
+            tokens = summary["length"] * len(buffer)
+            record = {"stage": "grpo", "step": step + 1, **summary, **stats,
+                      "tokens_per_second": tokens / (sampled - start), "seconds_sampling": sampled - start,
+                      "seconds_learning": end - sampled}  # fmt: skip
+            history.append(record)
+            speed = f"{record['tokens_per_second']:.0f}"
+            bar.set_postfix(reward=f"{record['reward']:.2f}", length=f"{record['length']:.0f}", tokens_s=speed)
+            bar.update()
+            for sentence in watch({**record, **first}):
+                say(sentence)
+            asked = interrupt.asked
+            if run:
+                run.log("metrics", record)
+                c = collected[0]
+                for text, part in zip(c.texts[0], c.parts[0], strict=True):
+                    run.log("samples", {"stage": "grpo", "step": step + 1, "question": c.examples[0].question,
+                                        "truth": c.examples[0].answer, "completion": text, **part})  # fmt: skip
+                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or asked:
+                    run.save_checkpoint("grpo", step + 1, policy, optimizer)
+            if on_step:
+                on_step(record)
+            if asked:
+                raise interrupt.stopped("grpo", step + 1, config.steps, run)
     return history

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants, get_session, snapshot_download
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -75,7 +77,8 @@ def load_model(
     `name` is a key of `MODELS`. `seed` sets the first weights of the pocket model and means nothing to the others.
     Weights come from the hub's cache, else from our own cache of converted weights, else from the hub, else, for
     smollm2-135m, from the package that carries them (4-bit, so its numbers differ a little from the hub's).
-    Raises ValueError for an unknown name and RuntimeError when the weights cannot be had, each in one sentence.
+    Raises ValueError for an unknown name and RuntimeError when the weights cannot be had or are damaged, each in one
+    sentence.
     """
     if name not in MODELS:
         raise ValueError(unknown("model", name, MODELS))
@@ -113,10 +116,18 @@ def _pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
 
 
 def _load(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with without_bars():
-        # use_safetensors: a pickled checkpoint can run code, so it is refused even if it is all there is.
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    return model, AutoTokenizer.from_pretrained(folder)
+    damaged = f"The weights in {folder} are damaged; delete that folder and load the model again."
+    for file in Path(folder).glob("*.safetensors"):
+        stored = file.resolve().name  # the hub's cache links to a file that is named by its own SHA-256
+        if re.fullmatch("[0-9a-f]{64}", stored) and sha256(file) != stored:
+            raise RuntimeError(damaged)
+    try:
+        with without_bars():
+            # use_safetensors: a pickled checkpoint can run code, so it is refused even if it is all there is.
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        return model, AutoTokenizer.from_pretrained(folder)
+    except SafetensorError as error:  # cut off, or no such file at all
+        raise RuntimeError(damaged) from error
 
 
 @contextmanager
@@ -225,11 +236,30 @@ def halve_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path):
-    """Put a saved LoRA adapter (a folder of safetensors) on a model. Raises ValueError where there is none."""
+    """Put a saved LoRA adapter (a folder of safetensors) on a model.
+
+    Raises ValueError, in one sentence, where there is none, where it is damaged and where it is another model's; the
+    model is then as it was.
+    """
     from peft import PeftModel
 
-    if not (Path(folder) / "adapter_model.safetensors").is_file():
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
         raise ValueError(f"{folder} holds no adapter_model.safetensors: give the folder that peft saved.")
+    try:
+        settings = json.loads((Path(folder) / "adapter_config.json").read_text())
+        with safe_open(file, "pt") as stored:
+            shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+        base, rank, targets = (settings[key] for key in ("base_model_name_or_path", "r", "target_modules"))
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"The adapter in {folder} is damaged; save it or copy it there again.") from error
+    fitting = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:
+            fitting[f"base_model.model.{name}.lora_A.weight"] = [rank, module.in_features]
+            fitting[f"base_model.model.{name}.lora_B.weight"] = [module.out_features, rank]
+    if shapes != fitting:  # peft would put it on as far as it fits, and say the rest over several lines or not at all
+        raise ValueError(f"The adapter in {folder} does not fit this model; it was made for {base or 'another'}.")
     return PeftModel.from_pretrained(model, folder).eval()
 
 
@@ -243,13 +273,17 @@ def merged_weight(module: nn.Module) -> torch.Tensor:
     """A linear layer's weight with its LoRA product, if it has one, added in float32 or better.
 
     Merging in bfloat16 drifts by 1 % after one merge and by 28 % after a hundred: so the sum is formed in float32,
-    anew from the base weight each time, and whoever needs bfloat16 rounds it once.
+    anew from the base weight each time, and whoever needs bfloat16 rounds it once. Inside peft's `disable_adapter()`
+    it is the weight without the product.
     """
     base = getattr(module, "base_layer", module).weight
-    if not hasattr(module, "get_delta_weight") or module.merged:
+    missing = 0  # times the product
+    if hasattr(module, "get_delta_weight"):
+        missing = int(not module.disable_adapters) - int(module.merged)
+    if not missing:
         return base
     exact = torch.promote_types(base.dtype, torch.float32)
-    return base.to(exact) + module.get_delta_weight("default").to(exact)
+    return base.to(exact) + missing * module.get_delta_weight("default").to(exact)
 
 
 def save_adapter(policy: nn.Module, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -1,11 +1,13 @@
 """The main job: base -> warm-up -> GRPO, each evaluated on the same held-out questions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import is_tensorboard_available, set_seed
+from tqdm import tqdm
 
 from helpers.datagen import load_traces
 from helpers.decoder import sampling_copy
@@ -31,15 +33,42 @@ def start_model(recipe: Recipe):
     return model, tokenizer
 
 
+def fitted(recipe: Recipe, device: str) -> Recipe:
+    """The recipe as this device can compute it: a GPU without bfloat16, such as a T4, trains in float32.
+
+    It samples in float16 where the recipe says bfloat16. (PyTorch would imitate bfloat16 there, which is slow.)
+    """
+    if device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+        return recipe
+    other = {key: "float16" for key in ("sampler_dtype",) if getattr(recipe, key) == "bfloat16"}
+    return replace(recipe, mixed_precision="no", dtype=recipe.dtype.replace("bfloat16", "float32"), **other)
+
+
+def send_to_tracker(run: Run, accelerator: Accelerator) -> None:
+    """Draw the numbers that a run logs in the accelerator's tracker as well, each under its stage's name."""
+
+    def also(name: str, record: dict) -> None:
+        if name in ("metrics", "eval"):
+            label = "/".join(record[key] for key in ("stage", "decoding") if key in record)
+            numbers = {f"{label}/{k}": v for k, v in record.items() if type(v) in (int, float) and k != "step"}
+            accelerator.log(numbers, step=record.get("step", 0))
+
+    accelerator.init_trackers("tracker")
+    run.also = also
+
+
 def held_out(recipe: Recipe) -> Task:
     """The recipe's test questions: the same for every seed of a recipe, so that runs can be compared."""
     return load_task(recipe.task, "test", recipe.evaluation.size, seed=0, balanced=recipe.balanced)
 
 
-def train(recipe: Recipe, out: str | Path, resume: bool = False, say=print, progress: bool = True) -> Run:
+def train(recipe: Recipe, out: str | Path, resume: bool = False, say=tqdm.write, progress: bool = True) -> Run:
     """Run a recipe in a folder, or go on with what is there. `say` gets a line for a person at each milestone."""
     if resume:
         recipe = build(Recipe, Run.open(out).config["recipe"])
+    recipe = fitted(recipe, default_device())
+    if recipe.tracker and not is_tensorboard_available():
+        raise ValueError("tracker: tensorboard needs that package: run pip install tensorboard.")
     # Whatever is wrong with a recipe shows here, before its folder is made.
     test = held_out(recipe)
     traces = load_task(recipe.task, "train", recipe.sft.traces, seed=recipe.seed, balanced=recipe.balanced)
@@ -50,14 +79,17 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, say=print, prog
     model, tokenizer = start_model(recipe)
     if recipe.lora and recipe.mixed_precision == "bf16":
         halve_frozen(model, torch.bfloat16)
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=default_device() == "cpu")
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=default_device() == "cpu",
+                              log_with=recipe.tracker, project_dir=str(out))  # fmt: skip
     run = Run.open(out) if resume else Run.start(out, recipe, default_device())
     run.mend()
+    if recipe.tracker:
+        send_to_tracker(run, accelerator)
     say(f"{recipe.model} on {recipe.task}, seed {recipe.seed}; the run is kept in {run.folder}")
 
     _evaluate_stage(run, "base", model, tokenizer, test, recipe, say)
     sft(model, tokenizer, traces, recipe.sft, traces=written, accelerator=accelerator, run=run, seed=recipe.seed,
-        progress=progress)  # fmt: skip
+        progress=progress, say=say)  # fmt: skip
     stages = ["base"]
     if recipe.sft.epochs:
         stages.append("sft")
@@ -66,13 +98,14 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, say=print, prog
     sampler_dtype = getattr(torch, recipe.sampler_dtype) if recipe.sampler_dtype else None
     grpo(
         model, tokenizer, task, recipe.grpo, reward=Reward(task, recipe.reward), accelerator=accelerator,
-        sampler_dtype=sampler_dtype, run=run, seed=recipe.seed, progress=progress,
+        sampler_dtype=sampler_dtype, run=run, seed=recipe.seed, progress=progress, say=say,
     )  # fmt: skip
     if recipe.grpo.steps:
         stages.append("grpo")
         _evaluate_stage(run, "grpo", model, tokenizer, test, recipe, say)
     if recipe.lora:
-        save_adapter(model, run.folder / "adapter")
+        with run.writing():
+            save_adapter(model, run.folder / "adapter")
     for decoding in ("greedy", "sampled") if len(stages) > 1 else ():
         say(compare(run, *stages[-2:], decoding))
     return run

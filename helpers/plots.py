@@ -320,3 +320,28 @@ def benchmark_bars(result: Mapping[str, Any]) -> Figure:
     axes[2].barh([f"{name}, {dtype}" for name, dtype, _ in memory], [m for *_, m in memory], color=GREY)
     axes[2].set(xlabel="GiB", title="Peak memory of a step")
     return fig
+
+
+def ablation_intervals(rows: Sequence[Mapping[str, Any]], limits: tuple[float, float] = (-45.0, 30.0)) -> Figure:
+    """How far each variant ends from the baseline, with its 95 % interval over seeds; input: `against_baseline`'s rows.
+
+    A filled dot: the interval leaves out 0. A triangle at the edge: the mean lies beyond `limits`, in points. The
+    baseline itself is the line at 0 and gets no row. Numbers stand on the right.
+    """
+    rows = [row for row in rows if row["variant"] != "baseline"]
+    fig, ax = figure(8.6, 0.27 * len(rows) + 0.9)
+    ax.grid(False)
+    ax.axvline(0, color=GREY, linewidth=1.2)
+    for place, row in enumerate(rows):
+        gain, low, high = (100 * row[key] for key in ("gain", "gain_low", "gain_high"))
+        colour = BLUE if row["differs"] else GREY
+        shown = min(max(gain, limits[0]), limits[1])
+        marker = "o" if shown == gain else "<" if gain < shown else ">"
+        ax.hlines(place, *np.clip([low, high], *limits), color=colour, linewidth=2)
+        fill = colour if row["differs"] else "white"
+        ax.plot(shown, place, marker, color=colour, markerfacecolor=fill, markersize=7, clip_on=False)
+        ax.text(1.02, place, f"{gain:+.1f} ({low:+.1f} to {high:+.1f})", transform=ax.get_yaxis_transform(),
+                va="center", fontsize=9, color=colour)  # fmt: skip
+    ax.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    ax.set(xlim=limits, ylim=(len(rows) - 0.4, -0.6), xlabel="sampled accuracy minus the baseline's, points")
+    return fig

@@ -2,15 +2,17 @@
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from helpers.buffer import Experience, collate
+from helpers.hygiene import NotFinite, StopAfterStep, check_finite
 from helpers.logprobs import completion_logprobs
 from helpers.prompts import completion
 from helpers.rewards import format_reward
@@ -95,11 +97,14 @@ def sft(
     run: Run | None = None,
     seed: int = 0,
     progress: bool = True,
+    say: Callable[[str], None] = tqdm.write,
 ) -> list[dict[str, float]]:
     """Fine-tune a model in place to write the traces: by default the offline teacher's for `task`.
 
     The loss is minus the mean log-prob of the completion tokens, end-of-text included; prompts are not in it.
     With a run, logs and checkpoints go there and a stopped warm-up goes on. Returns a dict of metrics an update.
+    Ctrl-C raises `Stopped` after the update, with a checkpoint; a loss or gradient that is no number raises NotFinite
+    before it. `say` gets a sentence where a checkpoint is damaged.
     """
     accelerator = accelerator or Accelerator()
     if traces is None:
@@ -109,44 +114,53 @@ def sft(
     data = encode_traces(tokenizer, task, traces)
     weights = [p for p in model.parameters() if p.requires_grad]
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0))
-    done = run.resume("sft", model, optimizer) if run else 0
+    done = run.resume("sft", model, optimizer, say) if run else 0
     order: list[int] = []
     history = []
     per_epoch = -(-len(data) // config.batch_size)
     steps = config.epochs * per_epoch
     model.train()
-    bar = progress_bar("warm-up", steps, done, progress)
-    for step in range(steps):
-        if step % per_epoch == 0:  # each epoch in an order of its own, the same whenever the run is resumed
-            order = random.Random(f"{seed} {step // per_epoch}").sample(range(len(data)), len(data))
-        if step < done:
-            continue
-        torch.manual_seed(seed * 1_000_003 + step)  # for LoRA's dropout: a resumed run drops what it would have dropped
-        rate = config.rate(step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        at = step % per_epoch * config.batch_size
-        batch = sorted((data[i] for i in order[at : at + config.batch_size]), key=len)
-        tokens = sum(len(e.response_ids) for e in batch)
-        total = 0.0
-        for start in range(0, len(batch), config.minibatch_size):
-            part = collate(batch[start : start + config.minibatch_size]).to(accelerator.device)
-            with accelerator.autocast():
-                logprobs, _ = completion_logprobs(model, part.input_ids, part.prompt_lengths, part.mask)
-            loss = -logprobs.sum() / tokens
-            accelerator.backward(loss)
-            total += loss.item()
-        norm = float(accelerator.clip_grad_norm_(weights, config.max_grad_norm))
-        optimizer.step()
-        optimizer.zero_grad()
-        record = {"stage": "sft", "step": step + 1, "loss": total, "grad_norm": norm, "learning_rate": rate}
-        history.append(record)
-        bar.set_postfix(loss=f"{total:.3f}")
-        bar.update()
-        if run:
-            run.log("metrics", record)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
-                run.save_checkpoint("sft", step + 1, model, optimizer)
-    bar.close()
+    with progress_bar("warm-up", steps, done, progress) as bar, StopAfterStep(bar) as interrupt:
+        for step in range(steps):
+            if step % per_epoch == 0:  # each epoch in an order of its own, the same whenever the run is resumed
+                order = random.Random(f"{seed} {step // per_epoch}").sample(range(len(data)), len(data))
+            if step < done:
+                continue
+            torch.manual_seed(seed * 1_000_003 + step)  # for LoRA's dropout: a resumed run drops what it would have
+            rate = config.rate(step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            at = step % per_epoch * config.batch_size
+            batch = sorted((data[i] for i in order[at : at + config.batch_size]), key=len)
+            tokens = sum(len(e.response_ids) for e in batch)
+            total = 0.0
+            try:
+                for start in range(0, len(batch), config.minibatch_size):
+                    some = batch[start : start + config.minibatch_size]
+                    part = collate(some).to(accelerator.device)
+                    with accelerator.autocast():
+                        logprobs, _ = completion_logprobs(model, part.input_ids, part.prompt_lengths, part.mask)
+                    loss = -logprobs.sum() / tokens
+                    accelerator.backward(loss)
+                    total += check_finite("loss", loss.item(), some)
+                norm = float(accelerator.clip_grad_norm_(weights, config.max_grad_norm))
+                check_finite("gradient", norm, batch)
+            except NotFinite as error:
+                optimizer.zero_grad()
+                raise error.kept(run, "sft", step + 1, tokenizer) from None
+            optimizer.step()
+            optimizer.zero_grad()
+            record = {"stage": "sft", "step": step + 1, "loss": total, "grad_norm": norm, "learning_rate": rate}
+            history.append(record)
+            bar.set_postfix(loss=f"{total:.3f}")
+            bar.update()
+            asked = interrupt.asked
+            if run:
+                run.log("metrics", record)
+                if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps or asked:
+                    run.save_checkpoint("sft", step + 1, model, optimizer)
+            if asked:
+                model.eval()
+                raise interrupt.stopped("sft", step + 1, steps, run)
     model.eval()
     return history

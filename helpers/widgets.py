@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 from matplotlib.figure import Figure
 
-from helpers.plots import png_bytes, show_png
+from helpers.plots import RED, png_bytes, show_png, training_curves
+
+if TYPE_CHECKING:
+    from helpers.runs import Run
 
 Numbers = Mapping[str, float | str]
 # A label wider than its room would be cut off, and a fixed width would stick out of a narrow window.
@@ -119,6 +123,48 @@ class Explorer:
         self.image.value = png_bytes(fig)
         lines = escape(self.text).replace("\n", "<br>")
         self.line.value = f'<div style="line-height: 1.5">{lines}</div>'
+
+
+def explore(run: "Run | str | Path") -> Explorer:
+    """Page through the GRPO steps of a run: its curves up to here, and what the policy answered at that step.
+
+    run: a run or its folder, a reader's own too, while it trains or after. A slider goes through the steps, another
+    through the logged responses, all of one group, to one question. Returns the explorer: call `show`.
+    Raises ValueError until the run has two GRPO steps.
+    """
+    from helpers.runs import Run
+
+    run = run if isinstance(run, Run) else Run.open(run)
+    metrics = [m for m in run.records("metrics") if m["stage"] == "grpo"]
+    if len(metrics) < 2:
+        raise ValueError(f"{run.folder} has {len(metrics)} GRPO steps so far: look again when it has two or more.")
+    samples: dict[int, list[dict]] = {}
+    for record in run.records("samples"):
+        samples.setdefault(record["step"], []).append(record)
+
+    def draw(step: int, response: int = 1) -> tuple[Figure, Numbers]:
+        fig, now = training_curves(metrics), metrics[step - 1]
+        for ax, key in zip(fig.axes, ("reward", "no_signal", "entropy"), strict=True):
+            ax.axvline(step, color=RED, linewidth=1)
+            ax.plot(step, now[key], "D", color=RED, markersize=7)
+        numbers: dict[str, float | str] = {
+            name: now[key] for name, key in (("reward", "reward"), ("groups without signal", "no_signal"),
+                                             ("entropy", "entropy"), ("tokens a response", "length"))
+        }  # fmt: skip
+        group = samples.get(now["step"], [])
+        if group:
+            shown = group[min(response, len(group)) - 1]
+            numbers["rewards of this group"] = ", ".join(f"{sample['total']:.2f}" for sample in group)
+            numbers["question"] = f"{shown['question']}\ntrue answer: {shown['truth']}"
+            numbers[f"response {min(response, len(group))}, reward {shown['total']:.2f}"] = shown["completion"]
+        return fig, numbers
+
+    sliders = {"step": slider("step", 1, 1, len(metrics), 1)}
+    most = max((len(group) for group in samples.values()), default=0)
+    if most > 1:
+        sliders["response"] = slider("response", 1, 1, most, 1)
+    alt = "Reward, share of groups without signal and entropy over the steps; a red line marks the chosen step."
+    return Explorer(draw, sliders, alt)
 
 
 def _tidy(value: float | str) -> str:

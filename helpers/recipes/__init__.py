@@ -18,6 +18,7 @@ from helpers.sft import SFTConfig
 from helpers.tasks import TASK_NAMES
 
 DTYPES = ("float32", "bfloat16", "float16")
+TRACKERS = ("tensorboard",)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Recipe:
 
     train_size: questions the loop draws from. dtype: of the weights. sampler_dtype: of the copy that samples (none:
     sample from the policy itself). mixed_precision: "no" or "bf16", for the training forward. threads: CPU threads
-    (0: torch's choice). lora: none trains all weights.
+    (0: torch's choice). lora: none trains all weights. tracker: "tensorboard" draws the logged numbers there as well;
+    it needs that package.
     """
 
     model: str
@@ -65,6 +67,7 @@ class Recipe:
     sampler_dtype: str | None = None
     mixed_precision: str = "no"
     threads: int = 0
+    tracker: str | None = None
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -78,6 +81,7 @@ class Recipe:
             ("dtype", self.dtype, DTYPES),
             ("sampler_dtype", self.sampler_dtype or DTYPES[0], DTYPES),
             ("mixed_precision", self.mixed_precision, ("no", "bf16")),
+            ("tracker", self.tracker or TRACKERS[0], TRACKERS),
         ):
             if value not in allowed:
                 raise ValueError(unknown(key, value, allowed))

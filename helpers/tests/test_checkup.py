@@ -37,6 +37,19 @@ def test_the_pinned_versions_are_the_tested_set_however_torch_was_built(tmp_path
     assert finding.here.startswith("all 2 ") and finding.meaning == "tested" and not finding.stops
 
 
+def test_a_missing_tool_of_the_tests_is_said_and_stops_nothing(tmp_path):
+    pins = tmp_path / "requirements.txt"
+    pins.write_text("torch==2.13.0\njupyterlab==4.6.6\n# for the tests\nruff==0.17.6\n")
+
+    def installed(name: str) -> str:
+        if name != "torch":
+            raise PackageNotFoundError(name)
+        return "2.13.0"
+
+    finding = check_packages(pins, installed)
+    assert finding.here == "missing, needed by tests alone: jupyterlab, ruff" and not finding.stops
+
+
 def test_another_version_is_named_beside_the_tested_one_and_stops_nothing(tmp_path):
     finding = packages(tmp_path, torch="2.12.1", numpy="2.4.6")
     assert finding.here == "torch 2.12.1 (tested: 2.13.0)" and not finding.stops

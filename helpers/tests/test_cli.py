@@ -70,7 +70,7 @@ def test_the_top_help_names_the_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    assert set(re.findall(r"^ {4}(\w+)", shown, re.MULTILINE)) == EXAMPLES.keys()
+    assert set(re.findall(r"^ {4}([\w-]+)", shown, re.MULTILINE)) == EXAMPLES.keys()
     assert EXAMPLES.keys() >= {"train", "evaluate", "chat", "recipes"}
 
 

