@@ -92,7 +92,9 @@ def lab(tmp_path_factory):
              "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
              f"--ServerApp.root_dir={home}", f"--IdentityProvider.token={token}", "--LabApp.news_url=None",
              "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"],
-            env={**os.environ, **places, "IPYTHONDIR": str(home / "ipython")}, stdout=log, stderr=log,
+            # One thread for the kernels: two would wait for each other while the browser draws.
+            env={**os.environ, **places, "IPYTHONDIR": str(home / "ipython"), "OMP_NUM_THREADS": "1"},
+            stdout=log, stderr=log,
         )  # fmt: skip
     try:
         address = f"http://127.0.0.1:{port}"
