@@ -24,7 +24,12 @@ from helpers.runs import environment, write_atomically
 CHOSEN = {"00_start_here": 2, "01_rlvr_concepts": 2, "02_logprobs_and_the_ppo_loss": 3, "03_experience_collection": 3,
           "05_grpo_training": 2, "06_results": 2}  # fmt: skip
 LARGEST = 30_000  # bytes of a thumbnail
-MEASURE = "import resource; print(max(resource.getrusage(who).ru_maxrss for who in (0, -1)))"  # self, and children
+# In the unit of ru_maxrss. That figure of one's own begins at what the parent process had, /proc's does not.
+MEASURE = """import os, re, resource
+own, children = (resource.getrusage(who).ru_maxrss for who in (0, -1))
+if os.path.exists("/proc/self/status"):
+    own = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+print(max(own, children))"""
 HEAD = "| notebook | what you leave with | time | memory |"
 _HEADS = re.compile(r"^\| notebook \| what you leave with \|.*\n\|[-|]+\n((?:\|.*\n)+)", re.MULTILINE)
 

@@ -203,8 +203,9 @@ def test_measuring_runs_the_notebook_and_leaves_its_file_alone(tmp_path):
     path = tmp_path / "short.ipynb"
     hungry = "import time; time.sleep(1); block = bytearray(b'x') * 300_000_000"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(hungry)]), path)
-    before = path.read_bytes()
+    before, large = path.read_bytes(), bytearray(b"x") * 1_000_000_000  # what this process holds must not count
     found = pages.measure(path)
+    assert len(large) > 900 * 2**20
     assert 1 < found["seconds"] < 120 and 300 < found["peak_mb"] < 900 and path.read_bytes() == before
 
 
