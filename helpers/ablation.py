@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from accelerate import Accelerator
 from scipy import stats
 
 from helpers.evaluate import evaluate
 from helpers.grpo import grpo
+from helpers.models import default_device
 from helpers.names import unknown
 from helpers.pipeline import held_out, start_model, train
 from helpers.recipes import Recipe, load_recipe
@@ -66,7 +66,7 @@ def _one(recipe: str, settings: Sequence[str], variant: str, seed: int, warm: Pa
     if chosen.sft.epochs:
         Run.open(warm).load_weights(model, "sft")
     task = load_task(chosen.task, "train", chosen.train_size, seed=seed + 1000, balanced=chosen.balanced)
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=default_device() == "cpu")
     history = grpo(model, tokenizer, task, chosen.grpo, accelerator=accelerator, seed=seed, progress=False)
     after = evaluate(model, tokenizer, held_out(chosen), temperature=chosen.evaluation.temperature, seed=seed,
                      max_new_tokens=chosen.evaluation.max_new_tokens)  # fmt: skip
@@ -95,7 +95,7 @@ def ablate(
     run.folder.mkdir(parents=True, exist_ok=True)
     if not (run.folder / "ablation.yaml").exists():
         told = {"recipe": recipe, "settings": list(settings), "variants": {k: list(v) for k, v in VARIANTS.items()}}
-        told["environment"] = environment("cpu")
+        told["environment"] = environment(default_device())
         write_atomically(run.folder / "ablation.yaml", yaml.safe_dump(told, sort_keys=False))
     run.mend()
     done = {(r["variant"], r["seed"]) for r in run.records("results")}
@@ -109,8 +109,7 @@ def ablate(
             run.log("results", record)
             say(f"seed {record['seed']}, {record['variant']}: {100 * record['accuracy']:.1f} %")
 
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"),
-                             initializer=torch.set_num_threads, initargs=(1,)) as pool:  # fmt: skip
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         folders = {seed: run.folder / f"warm-up-seed{seed}" for seed in missing}
         starts = {pool.submit(_warm_up, recipe, settings, seed, folder): seed for seed, folder in folders.items()}
         waiting = []
