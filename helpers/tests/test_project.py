@@ -95,6 +95,8 @@ def test_notebooks_are_stored_as_their_reader_should_get_them(path):
     assert not any(o.output_type == "error" for c in code for o in c.outputs)
     for output in (o for c in code for o in c.outputs if "image/png" in o.get("data", {})):
         assert output.metadata["image/png"]["alt"], "every figure has an alternative text"
+    printed = ["".join(o.text for o in c.outputs if o.output_type == "stream") for c in code]
+    assert all(text.count("%|") <= 1 for text in printed), "of a progress bar only its last state"
     ignored = sum("nbval-ignore-output" in c.metadata.get("tags", []) for c in code)
     assert ignored <= len(code) / 10 or path.stem in TRAINS_LIVE, "what is ignored is not tested"
     assert max(len(c.source.splitlines()) for c in code) <= 25
