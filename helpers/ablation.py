@@ -136,7 +136,8 @@ def against_baseline(records: Sequence[dict[str, Any]], key: str = "accuracy") -
     """For each variant: its mean over seeds, and the mean difference to the baseline of the same seeds, with intervals.
 
     The difference is paired: a seed's warm-up and questions are the same for both, so they cancel. "differs": its
-    interval leaves out 0. `key`: a figure of the records, a share in [0, 1] for accuracy.
+    interval leaves out 0; None with fewer than three seeds, because two can agree by accident, and their interval is
+    then a point. `key`: a figure of the records, a share in [0, 1] for accuracy.
     """
     by_variant: dict[str, dict[int, float]] = {}
     for record in records:
@@ -148,10 +149,10 @@ def against_baseline(records: Sequence[dict[str, Any]], key: str = "accuracy") -
         values = by_variant[name]
         mean, low, high = mean_interval(list(values.values()))
         gain, gain_low, gain_high = mean_interval([v - base[seed] for seed, v in values.items() if seed in base])
+        differs = None if len(values) < 3 else name != BASELINE and (gain_low > 0 or gain_high < 0)
         rows.append(
             {"variant": name, "seeds": len(values), "mean": mean, "low": low, "high": high, "gain": gain,
-             "gain_low": gain_low, "gain_high": gain_high,
-             "differs": name != BASELINE and (gain_low > 0 or gain_high < 0)}
+             "gain_low": gain_low, "gain_high": gain_high, "differs": differs}
         )  # fmt: skip
     return rows
 
@@ -164,7 +165,7 @@ def ablation_table(records: Sequence[dict[str, Any]]) -> str:
     ]
     for row in against_baseline(records):
         gain = f"{100 * row['gain']:+.1f} ({100 * row['gain_low']:+.1f} to {100 * row['gain_high']:+.1f})"
-        verdict = "yes" if row["differs"] else "no"
+        verdict = {True: "yes", False: "no", None: "too few seeds"}[row["differs"]]
         if row["variant"] == BASELINE:
             gain = verdict = ""
         lines.append(f"| {row['variant']} | {100 * row['mean']:.1f} | {gain} | {verdict} | {row['seeds']} |")

@@ -72,6 +72,14 @@ def test_differences_are_paired_by_seed():
     assert len(table) == 2 + 3 and table[3].startswith("| BNPO | 80.0 | +10.0 (+10.0 to +10.0) | yes | 3 |")
 
 
+def test_two_seeds_that_agree_prove_nothing():
+    rows = [record(v, s, a) for v, a in ((BASELINE, 0.9), ("BNPO", 0.8), ("GSPO", 0.8)) for s in range(3)]
+    by_name = {row["variant"]: row for row in against_baseline(rows[:-1])}
+    assert by_name["BNPO"]["differs"] and by_name["GSPO"]["differs"] is None
+    assert by_name["GSPO"]["gain_high"] == pytest.approx(by_name["GSPO"]["gain_low"])
+    assert ablation_table(rows[:-1]).splitlines()[-1].endswith("| too few seeds | 2 |")
+
+
 def test_a_warm_up_that_every_run_has_is_not_made_again(tmp_path, monkeypatch):
     done = [record(v, 0, 0.5) for v in ("base", "warm-up", BASELINE)]
     run = ablation.Run(tmp_path)
