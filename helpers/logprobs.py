@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from helpers.decoder import round_up
 from helpers.losses import entropy
 from helpers.models import bare
 from helpers.packing import lay_out, packed_states
@@ -98,7 +99,9 @@ class FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states: Tensor, targets: Tensor, weight: Tensor, temperature: float) -> Tensor:
         """states: (n, H); targets: (n,); weight: (V, H). Returns (n,) log-probs, float32."""
-        logprobs, slopes = [], []
+        logprobs, slopes, rows = [], [], len(states)
+        more = round_up(rows) - rows if states.device.type == "cpu" else 0
+        states, targets = F.pad(states, (0, 0, 0, more)), F.pad(targets, (0, more))
         with torch.autocast(states.device.type, enabled=False):
             for some, tokens in zip(states.to(weight.dtype).split(CHUNK), targets.split(CHUNK), strict=True):
                 logits = F.linear(some, weight).float().div_(temperature)  # (c, V)
@@ -108,9 +111,9 @@ class FrozenHead(torch.autograd.Function):
                     probs = logits.sub_(total[:, None]).exp_().to(weight.dtype)
                     slopes.append((weight[tokens].float() - (probs @ weight).float()) / temperature)
         if slopes:
-            ctx.save_for_backward(torch.cat(slopes))
+            ctx.save_for_backward(torch.cat(slopes)[:rows])
             ctx.dtype = states.dtype
-        return torch.cat(logprobs)
+        return torch.cat(logprobs)[:rows]
 
     @staticmethod
     def backward(ctx, grad: Tensor):

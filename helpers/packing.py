@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from helpers.decoder import Decoder
+from helpers.decoder import Decoder, round_up
 from helpers.models import bare
 
 NAME = "shared_prompts"
@@ -89,9 +89,9 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     n, scale = layout.prompt_tokens, kwargs.get("scaling")
     q, prompt_keys, prompt_values = (spread(x[:n], layout.prompts) for x in (query, key, value))
     looked = F.scaled_dot_product_attention(q, prompt_keys, prompt_values, is_causal=True, scale=scale, enable_gqa=True)
-    outputs = [looked.transpose(1, 2)[layout.prompts]]
-    if len(query) > n:
-        q, keys, values = (spread(x[n:], layout.responses) for x in (query, key, value))
+    outputs, end = [looked.transpose(1, 2)[layout.prompts]], len(layout.ids)
+    if end > n:
+        q, keys, values = (spread(x[n:end], layout.responses) for x in (query, key, value))
         keys = torch.cat([prompt_keys[layout.question], keys], dim=2)
         values = torch.cat([prompt_values[layout.question], values], dim=2)
         # Query heads that share a key head stand behind each other, as if they were more queries of that one head.
@@ -100,7 +100,7 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
         looked = F.scaled_dot_product_attention(q, keys, values, layout.mask.repeat(1, 1, shared, 1), scale=scale)
         looked = looked.unflatten(2, (shared, -1)).flatten(1, 2)
         outputs.append(looked.transpose(1, 2)[layout.responses])
-    return torch.cat(outputs)[None], None
+    return F.pad(torch.cat(outputs), (0, 0, 0, 0, 0, len(query) - end))[None], None
 
 
 AttentionInterface.register(NAME, attention)
@@ -115,7 +115,9 @@ def packed_states(model: nn.Module, layout: Layout) -> Tensor | None:
     if model.config._attn_implementation != NAME:
         return None
     nothing = torch.empty(1, 1, 1, 1, device=layout.ids.device)  # a mask of four dimensions is taken as it is
+    on_cpu = layout.ids.device.type == "cpu"
+    more = round_up(len(layout.ids)) - len(layout.ids) if on_cpu else 0  # tokens that nothing looks at
+    ids, positions = (F.pad(x, (0, more))[None] for x in (layout.ids, layout.positions))
     return model.get_decoder()(
-        input_ids=layout.ids[None], position_ids=layout.positions[None], attention_mask=nothing, use_cache=False,
-        layout=layout,
-    ).last_hidden_state[0]  # fmt: skip
+        input_ids=ids, position_ids=positions, attention_mask=nothing, use_cache=False, layout=layout
+    ).last_hidden_state[0]

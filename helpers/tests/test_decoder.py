@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import helpers
 from helpers import decoder as module
 from helpers.anymodel import ModelRows
-from helpers.decoder import Decoder, Rows, attend, packed_product, rotate, sampling_copy
+from helpers.decoder import Decoder, Rows, attend, packed_product, rotate, round_up, sampling_copy
 from helpers.models import add_lora, bare
 from helpers.rollout import end_token_ids, rollout
 from helpers.tests.conftest import (
@@ -441,3 +441,20 @@ def test_glibc_is_told_to_keep_large_blocks_in_numbers_it_takes(monkeypatch):
         import ctypes
 
         assert [ctypes.CDLL(None).mallopt(*call) for call in told] == [1, 1]  # 1: done
+
+
+# --- numbers of rows ---
+
+
+@given(st.integers(0, 100_000))
+def test_rows_are_rounded_up_by_a_16th_or_to_a_multiple_of_16(rows):
+    up = round_up(rows)
+    assert 0 <= up - rows < max(16, rows / 16 + 1e-9) and round_up(up) == up and (up % 16 == 0 or rows < 16)
+
+
+def test_few_numbers_of_rows_are_left_and_each_sequence_is_computed_as_before():
+    assert len({round_up(rows) for rows in range(1, 4096)}) < 100
+    decoder = Decoder(small_model())
+    for length in (15, 16, 17, 40, 100):
+        [ids] = random_prompts([length], seed=length)
+        assert_close(decoder_logits(decoder, ids), plain_logits(small_model(), ids), **CLOSE)
