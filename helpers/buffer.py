@@ -6,19 +6,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+LOGPROBS = ("old_logprobs", "reference_logprobs", "sampler_logprobs")  # of an experience and of a batch
+
 
 @dataclass(frozen=True)
 class Experience:
-    """One response and what was learned of it. `old_logprobs` and `reference_logprobs`: (T,), in nats, or None."""
+    """One response and what was learned of it. The log-probs, in nats: (T,), or None where nothing needs them."""
 
     prompt_ids: list[int]
     response_ids: list[int]
     advantage: float
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("old_logprobs", "reference_logprobs"):
+        for name in LOGPROBS:
             values = getattr(self, name)
             if values is not None and values.shape != (len(self.response_ids),):
                 raise ValueError(
@@ -35,7 +38,7 @@ class Batch:
     """Experiences side by side: prompt, response, then padding on the right.
 
     input_ids: (B, L); prompt_lengths, advantages: (B,); mask: (B, T), True for response tokens;
-    old_logprobs, reference_logprobs: (B, T) with 0 in the padding, or None.
+    old_logprobs, reference_logprobs, sampler_logprobs: (B, T) with 0 in the padding, or None.
     """
 
     input_ids: Tensor
@@ -44,6 +47,7 @@ class Batch:
     advantages: Tensor
     old_logprobs: Tensor | None
     reference_logprobs: Tensor | None
+    sampler_logprobs: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
@@ -75,8 +79,7 @@ def collate(experiences: Sequence[Experience], pad_id: int = 0) -> Batch:
         prompt_lengths=torch.tensor([len(e.prompt_ids) for e in experiences]),
         mask=torch.arange(max(responses)) < torch.tensor(responses)[:, None],
         advantages=torch.tensor([e.advantage for e in experiences]),
-        old_logprobs=column("old_logprobs"),
-        reference_logprobs=column("reference_logprobs"),
+        **{name: column(name) for name in LOGPROBS},
     )
 
 

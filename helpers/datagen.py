@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -262,7 +263,8 @@ def make_traces(task: Task, path: str | Path, api: ApiConfig | None = None, *, p
             return result.result()
         except KeyboardInterrupt:
             for loop, asking in running:
-                loop.call_soon_threadsafe(asking.cancel)
+                with suppress(RuntimeError):  # it has ended meanwhile
+                    loop.call_soon_threadsafe(asking.cancel)
             raise
 
 

@@ -16,8 +16,9 @@ from helpers.hygiene import NotFinite, StopAfterStep, Watch, check_finite
 from helpers.logprobs import completion_logprobs
 from helpers.losses import LossConfig, group_advantages, policy_loss
 from helpers.models import bare
+from helpers.processes import add_gradients, gathered, in_any, ready, share
 from helpers.rewards import Reward
-from helpers.rollout import Response, encode_prompt, end_token_ids, rollout
+from helpers.rollout import RemoteSampler, Response, encode_prompt, end_token_ids, rollout
 from helpers.runs import Run, progress_bar, restore_weights, trained_weights
 from helpers.tasks import Task
 
@@ -27,7 +28,8 @@ class GRPOConfig:
     """The loop's settings; the defaults are the article's, but for a learning rate that suits LoRA.
 
     A step fills the buffer (buffer_size responses, questions_per_rollout x group_size at a time), then goes through
-    it updates_per_buffer times in random minibatches. gradient_accumulation minibatches make one update.
+    it updates_per_buffer times in random minibatches. gradient_accumulation minibatches make one update. Several
+    processes share the rollouts of a step and the rows of a minibatch.
     steps: 0 leaves the loop out. measure_kl logs the KL to the reference model (the policy the loop starts from) even
     where beta is 0.
     """
@@ -93,7 +95,7 @@ def questions_of(task: Task, number: int, count: int, seed: int) -> list:
 
 
 def collect(
-    sampler: nn.Module,
+    sampler: nn.Module | Decoder | RemoteSampler,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     reward: Reward,
@@ -119,10 +121,13 @@ def collect(
     rewards = torch.tensor([[part["total"] for part in group] for group in parts])  # (Q, G)
     advantages = group_advantages(rewards, scale=config.scale, std_ddof=config.std_ddof)  # (Q, G)
     experiences = [
-        Experience(prompt, response.token_ids, advantage)
+        Experience(
+            prompt, response.token_ids, advantage,
+            sampler_logprobs=torch.tensor(response.logprobs) if config.loss.correction else None,
+        )
         for prompt, group, row in zip(prompts, responses, advantages.tolist(), strict=True)
         for response, advantage in zip(group, row, strict=True)
-    ]
+    ]  # fmt: skip
     return Collected(examples, responses, texts, parts, rewards, experiences)
 
 
@@ -131,17 +136,17 @@ def score(
 ) -> list[torch.Tensor]:
     """The model's log-probs of each response, (T_i,) each, without gradient; a group stays together."""
     order = sorted(range(len(experiences)), key=lambda i: experiences[i].prompt_ids)  # a prompt is computed once
-    result: list[torch.Tensor] = [torch.empty(0)] * len(experiences)
-    for at in range(0, len(order), config.minibatch_size):
-        some = order[at : at + config.minibatch_size]
+    mine, scores = share(order, accelerator), []
+    for at in range(0, len(mine), config.minibatch_size):
+        some = mine[at : at + config.minibatch_size]
         batch = collate([experiences[i] for i in some]).to(accelerator.device)
         with torch.no_grad(), accelerator.autocast():
             logprobs, _ = completion_logprobs(
                 model, batch.input_ids, batch.prompt_lengths, batch.mask, config.temperature
             )
-        for i, row, mask in zip(some, logprobs.cpu(), batch.mask.cpu(), strict=True):
-            result[i] = row[mask]
-    return result
+        scores += [row[mask] for row, mask in zip(logprobs.cpu(), batch.mask.cpu(), strict=True)]
+    by_row = dict(zip(order, gathered(scores, accelerator), strict=True))
+    return [by_row[i] for i in range(len(experiences))]
 
 
 def agreement(
@@ -169,6 +174,7 @@ def learn(
     loss or gradient is no number.
     Responses with advantage 0 add nothing to the gradient unless KL or entropy act on them, so they are left out of
     the forward pass and the statistics, unless the KL is to be measured; `rows` and `tokens` still count them.
+    Of several processes, each with the same buffer, every one computes its share of a minibatch's rows.
     """
     weights = [p for p in policy.parameters() if p.requires_grad]
     # These are in the result even where no response has a signal.
@@ -186,7 +192,7 @@ def learn(
                 counted = tokens
                 if config.loss.loss_type == "bnpo":  # this minibatch's own tokens, then a mean over minibatches
                     counted = len(minis) * sum(len(e.response_ids) for e in mini)
-                mini = [e for e in mini if config.every_row or e.advantage != 0]
+                mini = share([e for e in mini if config.every_row or e.advantage != 0], accelerator)
                 if not mini:
                     continue
                 b = collate(mini).to(accelerator.device)
@@ -198,10 +204,13 @@ def learn(
                 old = new.detach() if b.old_logprobs is None else b.old_logprobs
                 loss, stats = policy_loss(
                     new, old, b.advantages, b.mask, config.loss, reference=b.reference_logprobs,
-                    token_entropy=token_entropy, rows=rows, tokens=counted, max_length=config.max_new_tokens,
+                    sampler=b.sampler_logprobs, token_entropy=token_entropy, rows=rows, tokens=counted,
+                    max_length=config.max_new_tokens,
                 )  # fmt: skip
                 accelerator.backward(loss)
-                totals["loss"] += check_finite("loss", loss.item(), mini)
+                totals["loss"] += loss.item()
+                if accelerator.num_processes == 1:  # else the others would wait; the gradient shows it as well
+                    check_finite("loss", totals["loss"], mini)
                 weight = int(b.mask.sum())
                 seen += weight
                 for name, value in stats.items():
@@ -211,14 +220,24 @@ def learn(
                             totals[key] = pick(totals.get(key, value), value)
                     else:
                         totals[name] = totals.get(name, 0.0) + weight * value
+            add_gradients(weights, accelerator)
             norm = float(accelerator.clip_grad_norm_(weights, config.max_grad_norm))
             totals["grad_norm"] += check_finite("gradient", norm, batch)
             optimizer.step()
             optimizer.zero_grad()
             updates += 1
-    divisor = dict.fromkeys(totals, max(1, seen)) | {"loss": updates, "grad_norm": updates}
-    divisor |= {name: 1 for name in totals if name.endswith(("ratio_min", "ratio_max"))}
-    return {name: value / divisor[name] for name, value in totals.items()}
+    parts = gathered([{**totals, "seen": seen}], accelerator)
+    seen = max(1, sum(part.pop("seen") for part in parts))
+    means = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [part[name] for part in parts if name in part]
+        if name.endswith(("ratio_min", "ratio_max")):
+            means[name] = min(values) if name.endswith("min") else max(values)
+        elif name == "grad_norm":
+            means[name] = values[0] / updates  # the same in every process
+        else:
+            means[name] = sum(values) / (updates if name == "loss" else seen)
+    return means
 
 
 def summarise(collected: list[Collected]) -> dict[str, float]:
@@ -248,6 +267,7 @@ def grpo(
     reward: Reward | None = None,
     accelerator: Accelerator | None = None,
     sampler_dtype: torch.dtype | None = None,
+    sampler: RemoteSampler | None = None,
     run: Run | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -258,6 +278,9 @@ def grpo(
 
     Each step depends on the weights, the optimiser's state, its number and the seed alone, so a run that was stopped
     goes on exactly. sampler_dtype: sample from a copy in this dtype, LoRA merged in; None samples from the policy.
+    sampler: sample there instead, a `server.Server` say; it is told the policy's weights before each step.
+    An accelerator of several processes: each samples its share of a step's rollouts, all make the same update.
+    ValueError where there are fewer rollouts than processes, or a server to several of them.
     With a run, logs and checkpoints go there. `on_step` is called with each step's metrics. `say` gets the sentences of
     `Watch` and on damaged checkpoints; without it they are printed where there is progress to see.
     Ctrl-C raises `Stopped` after the step, with a checkpoint; a loss or gradient that is no number raises NotFinite.
@@ -266,14 +289,24 @@ def grpo(
     accelerator = accelerator or Accelerator()
     reward = reward or Reward(task)
     weights = [p for p in policy.parameters() if p.requires_grad]
-    reference = {k: v.clone() for k, v in trained_weights(policy).items()}  # the policy the loop starts from
-    policy, optimizer = accelerator.prepare(policy, torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0))
-    done = run.resume("grpo", policy, optimizer, say) if run else 0
-    sampler = sampling_copy(policy, sampler_dtype)
-    if config.gradient_checkpointing:
-        bare(policy).activation_checkpointing_enable()
     per_rollout = config.questions_per_rollout * config.group_size
     rollouts = -(-config.buffer_size // per_rollout)  # to fill a buffer
+    processes = accelerator.num_processes
+    if rollouts < processes:
+        raise ValueError(
+            f"{processes} processes need {processes} rollouts a step: set grpo.buffer_size to "
+            f"{processes * per_rollout} or more, or grpo.questions_per_rollout to "
+            f"{max(1, config.questions_per_rollout // processes)} or fewer."
+        )
+    if sampler and processes > 1:
+        raise ValueError("A server samples for one process: start without accelerate launch, or without the server.")
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0)
+    policy, optimizer = ready(policy, optimizer, accelerator)
+    reference = {k: v.clone() for k, v in trained_weights(policy).items()}  # the policy the loop starts from
+    done = run.resume("grpo", policy, optimizer, say) if run else 0
+    sampler = sampler or sampling_copy(policy, sampler_dtype)
+    if config.gradient_checkpointing:
+        bare(policy).activation_checkpointing_enable()
     # A buffer used for one update is on-policy: the log-probs of that forward pass are the old ones as well.
     one_update = rollouts * per_rollout <= config.minibatch_size * config.gradient_accumulation
     on_policy = config.updates_per_buffer == 1 and one_update
@@ -282,13 +315,13 @@ def grpo(
         for step in range(done, config.steps):
             start = time.perf_counter()
             torch.manual_seed(seed * 1_000_003 + step)  # for LoRA's dropout, in a resumed run too
-            if isinstance(sampler, Decoder):
+            if isinstance(sampler, Decoder | RemoteSampler):
                 sampler.refresh(policy)
-            buffer, collected = Buffer(config.buffer_size), []
-            while not buffer.full:
-                number = step * rollouts + len(collected)
-                collected.append(collect(sampler, tokenizer, task, reward, config, number, seed))
-                buffer.add(collected[-1].experiences)
+            numbers = share(range(step * rollouts, (step + 1) * rollouts), accelerator)
+            mine = [collect(sampler, tokenizer, task, reward, config, number, seed) for number in numbers]
+            buffer, collected = Buffer(config.buffer_size), gathered(mine, accelerator)
+            for some in collected:
+                buffer.add(some.experiences)
             sampled = time.perf_counter()
             first = agreement(policy, collected[0], config, accelerator) if step == done else {}
             policy.train()
@@ -322,7 +355,7 @@ def grpo(
             bar.update()
             for sentence in watch({**record, **first}):
                 say(sentence)
-            asked = interrupt.asked
+            asked = in_any(interrupt.asked, accelerator)
             if run:
                 run.log("metrics", record)
                 c = collected[0]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from helpers.buffer import Experience
+from helpers.buffer import LOGPROBS, Experience
 
 
 class Stopped(KeyboardInterrupt):
@@ -75,13 +75,13 @@ class NotFinite(RuntimeError):
 def save_responses(folder: Path, experiences: Sequence[Experience], tokenizer: PreTrainedTokenizerBase) -> Path:
     """Write experiences down for inspection: batch.json, a record a response, with its text, and batch.safetensors.
 
-    The tensors are old_logprobs.I and reference_logprobs.I of record I, where there are any. Returns the folder.
+    The tensors are old_logprobs.I and so on, of record I, where there are any. Returns the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     records, tensors = [], {}
     for number, experience in enumerate(experiences):
         record = {"text": tokenizer.decode(experience.response_ids), **vars(experience)}
-        for name in ("old_logprobs", "reference_logprobs"):
+        for name in LOGPROBS:
             values = record.pop(name)
             if values is not None:
                 tensors[f"{name}.{number}"] = values.detach().cpu().contiguous()

@@ -13,6 +13,7 @@ from torch import Tensor
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 IMPORTANCE_LEVELS = ("token", "sequence")
 ADVANTAGE_SCALES = ("group", "batch", "none")
+CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -96,6 +97,26 @@ def cispo_surrogate(ratio: Tensor, new: Tensor, advantages: Tensor, epsilon_high
     return -ratio.clamp(max=epsilon_high).detach() * _as_column(advantages) * new
 
 
+def sampler_weights(
+    old: Tensor, sampler: Tensor, mask: Tensor, mode: str = "sequence_mask", cap: float = 3.0
+) -> Tensor:
+    """What a token's loss is multiplied by where another program sampled it: pi_old / pi_sampler, kept below a cap.
+
+    old, sampler, mask: (B, T); log-probs of the trainer before the update and of the program that sampled. A token
+    whose sampler log-prob is NaN counts as agreed on. mode: "token" takes each token's own ratio, (B, T); "sequence"
+    the product over the row, (B, 1); "truncate" cuts what is above the cap down to it, "mask" gives it weight 0.
+    Without gradient. Raises ValueError for another mode.
+    Source: truncated importance sampling, as TRL's `vllm_importance_sampling_mode` computes it.
+    """
+    _check_choice("correction", mode, CORRECTIONS)
+    difference = (old - sampler).detach().masked_fill(~mask.bool(), 0.0).nan_to_num(nan=0.0)
+    level, limit = mode.split("_")
+    if level == "sequence":
+        difference = difference.sum(dim=1, keepdim=True)
+    weights = difference.exp()
+    return weights.clamp(max=cap) if limit == "truncate" else weights.masked_fill(weights > cap, 0.0)
+
+
 def kl_k3(new: Tensor, reference: Tensor) -> Tensor:
     """KL(pi || pi_ref) estimated from the sampled token: exp(d) - d - 1, where d = log pi_ref - log pi.
 
@@ -169,6 +190,8 @@ class LossConfig:
     epsilon_low, epsilon_high: the ratio's room below and above 1; for cispo epsilon_high is the cap, say 5.
     beta: weight of the KL to the reference model. entropy_coefficient: weight of the entropy bonus.
     kl_correction: multiply the KL by the ratio, TRL 1.16's default (`use_bias_correction_kl`), not GRPO's.
+    correction, correction_cap: see `sampler_weights`, for a sampler that is another program than the trainer; none
+    leaves it out.
     Raises ValueError for a name that is not allowed or a number below 0.
     """
 
@@ -179,11 +202,14 @@ class LossConfig:
     beta: float = 0.0
     entropy_coefficient: float = 0.0
     kl_correction: bool = False
+    correction: str | None = None
+    correction_cap: float = 3.0
 
     def __post_init__(self) -> None:
         _check_choice("loss_type", self.loss_type, LOSS_TYPES)
         _check_choice("importance", self.importance, IMPORTANCE_LEVELS)
-        for name in ("epsilon_low", "epsilon_high", "beta", "entropy_coefficient"):
+        _check_choice("correction", self.correction or CORRECTIONS[0], CORRECTIONS)
+        for name in ("epsilon_low", "epsilon_high", "beta", "entropy_coefficient", "correction_cap"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and value >= 0):
                 raise ValueError(f"{name} must be a number of at least 0, not {value!r}.")
@@ -197,6 +223,7 @@ def policy_loss(
     config: LossConfig,
     *,
     reference: Tensor | None = None,
+    sampler: Tensor | None = None,
     token_entropy: Tensor | None = None,
     rows: float | None = None,
     tokens: float | None = None,
@@ -204,7 +231,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """The whole loss: aggregate(surrogate + beta KL) - entropy_coefficient * mean token entropy.
 
-    new, old, reference: (B, T) log-probs under the policy, the policy that sampled, the reference model.
+    new, old, reference, sampler: (B, T) log-probs under the policy, the policy before this buffer's updates, the
+    reference model, and as the sampler itself gave them, which only `correction` reads.
     advantages: (B,). mask, token_entropy (from `entropy`): (B, T). Padding may hold anything, NaN included.
     rows, tokens, max_length: see `aggregate`. The entropy bonus is a mean over `tokens` for every loss type.
     Rows with A = 0 may be left out only while beta and entropy_coefficient are 0: those act on them too.
@@ -212,15 +240,19 @@ def policy_loss(
     Returns the scalar loss, and floats about these tensors: "clip_share_low" (r < 1 - epsilon_low, A < 0),
     "clip_share_high" (r > 1 + epsilon_high, A > 0; cispo: r > epsilon_high), "clip_share" (their sum),
     "ratio_mean", "ratio_min", "ratio_max", all over the mask's tokens, or over rows if the ratio is a row's;
+    "correction", the mean of `sampler_weights`, if they are used,
     "kl" if there is a reference and "entropy" if there is a token_entropy, over the mask's tokens.
-    Raises ValueError if shapes differ, or beta lacks a reference, or entropy_coefficient a token_entropy.
+    Raises ValueError if shapes differ, beta lacks a reference, entropy_coefficient a token_entropy or correction a
+    sampler.
     Source: TRL 1.16's `GRPOTrainer._compute_loss`.
     """
     if config.beta > 0 and reference is None:
         raise ValueError("beta is above 0: pass the reference model's log-probs, or set it to 0.")
     if config.entropy_coefficient > 0 and token_entropy is None:
         raise ValueError("entropy_coefficient is above 0: pass token_entropy, or set it to 0.")
-    others = {"old": old, "mask": mask, "reference": reference, "token_entropy": token_entropy}
+    if config.correction and sampler is None:
+        raise ValueError("There is a correction: pass the sampler's log-probs, or set it to none.")
+    others = {"old": old, "mask": mask, "reference": reference, "sampler": sampler, "token_entropy": token_entropy}
     for name, tensor in others.items():
         if tensor is not None and tensor.shape != new.shape:
             raise ValueError(f"{name} must have new's shape {tuple(new.shape)}, not {tuple(tensor.shape)}.")
@@ -235,6 +267,11 @@ def policy_loss(
     else:
         token_loss = clipped_surrogate(ratio, advantages, config.epsilon_low, config.epsilon_high)
     stats = _ratio_stats(ratio.detach(), advantages, mask, config)
+
+    if config.correction:
+        correction = sampler_weights(old, sampler, mask, config.correction, config.correction_cap)
+        token_loss = token_loss * correction
+        stats["correction"] = aggregate(correction.expand_as(new), mask, "bnpo").item()
 
     if reference is not None:
         kl = kl_k3(new, reference.masked_fill(~mask, 0.0))

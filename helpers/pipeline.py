@@ -17,6 +17,7 @@ from helpers.models import add_lora, default_device, halve_frozen, load_model, s
 from helpers.recipes import Recipe, build
 from helpers.rewards import Reward
 from helpers.runs import Run
+from helpers.server import Server
 from helpers.sft import sft
 from helpers.stock import stock_score
 from helpers.tasks import Task, load_task
@@ -63,7 +64,10 @@ def held_out(recipe: Recipe) -> Task:
 
 
 def train(recipe: Recipe, out: str | Path, resume: bool = False, say=tqdm.write, progress: bool = True) -> Run:
-    """Run a recipe in a folder, or go on with what is there. `say` gets a line for a person at each milestone."""
+    """Run a recipe in a folder, or go on with what is there. `say` gets a line for a person at each milestone.
+
+    Under `accelerate launch` several processes share the work; the first alone writes, speaks and evaluates.
+    """
     if resume:
         recipe = build(Recipe, Run.open(out).config["recipe"])
     recipe = fitted(recipe, default_device())
@@ -76,37 +80,50 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, say=tqdm.write,
     if recipe.sft.traces_file:
         written, traces = load_traces(recipe.sft.traces_file, traces)
     task = load_task(recipe.task, "train", recipe.train_size, seed=recipe.seed + 1000, balanced=recipe.balanced)
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=default_device() == "cpu",
+                              log_with=recipe.tracker, project_dir=str(out))  # fmt: skip
+    first = accelerator.is_main_process
+    if not first:
+        progress, say = False, lambda sentence: None
     model, tokenizer = start_model(recipe)
     if recipe.lora and recipe.mixed_precision == "bf16":
         halve_frozen(model, torch.bfloat16)
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=default_device() == "cpu",
-                              log_with=recipe.tracker, project_dir=str(out))  # fmt: skip
-    run = Run.open(out) if resume else Run.start(out, recipe, default_device())
+    if first and not resume:
+        Run.start(out, recipe, default_device(), accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    run = Run.open(out)
+    run.writes = first
     run.mend()
     if recipe.tracker:
         send_to_tracker(run, accelerator)
     say(f"{recipe.model} on {recipe.task}, seed {recipe.seed}; the run is kept in {run.folder}")
 
-    _evaluate_stage(run, "base", model, tokenizer, test, recipe, say)
+    def judge(stage: str) -> None:
+        if first:
+            _evaluate_stage(run, stage, model, tokenizer, test, recipe, say)
+        accelerator.wait_for_everyone()
+
+    judge("base")
     sft(model, tokenizer, traces, recipe.sft, traces=written, accelerator=accelerator, run=run, seed=recipe.seed,
         progress=progress, say=say)  # fmt: skip
     stages = ["base"]
     if recipe.sft.epochs:
         stages.append("sft")
-        _evaluate_stage(run, "sft", model, tokenizer, test, recipe, say)
+        judge("sft")
 
     sampler_dtype = getattr(torch, recipe.sampler_dtype) if recipe.sampler_dtype else None
+    server = recipe.server and Server(recipe.server.url, recipe.server.model, Path(recipe.server.adapters))
     grpo(
         model, tokenizer, task, recipe.grpo, reward=Reward(task, recipe.reward), accelerator=accelerator,
-        sampler_dtype=sampler_dtype, run=run, seed=recipe.seed, progress=progress, say=say,
+        sampler_dtype=sampler_dtype, sampler=server, run=run, seed=recipe.seed, progress=progress, say=say,
     )  # fmt: skip
     if recipe.grpo.steps:
         stages.append("grpo")
-        _evaluate_stage(run, "grpo", model, tokenizer, test, recipe, say)
-    if recipe.lora:
+        judge("grpo")
+    if recipe.lora and first:
         with run.writing():
             save_adapter(model, run.folder / "adapter")
-    for decoding in ("greedy", "sampled") if len(stages) > 1 else ():
+    for decoding in ("greedy", "sampled") if first and len(stages) > 1 else ():
         say(compare(run, *stages[-2:], decoding))
     return run
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +33,26 @@ class Response:
     finished: bool
 
 
+@runtime_checkable
+class RemoteSampler(Protocol):
+    """A sampler outside of this process, as `server.Server` is one."""
+
+    def refresh(self, policy: nn.Module) -> None:
+        """Take over the policy's present weights."""
+
+    def respond(self, prompts: Sequence[Sequence[int]], **settings) -> list[list[Response]]:
+        """What `rollout` returns, for its settings."""
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
     """Token ids of a question in the model's chat template, up to where the assistant begins to write."""
     return tokenizer.apply_chat_template(messages(question), add_generation_prompt=True, return_dict=False)
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a response: the tokenizer's, and those of the model's generation settings."""
-    ends = bare(model).generation_config.eos_token_id
+    """The tokens that end a response: the tokenizer's, and those of the model's generation settings, if it has any."""
+    settings = getattr(bare(model), "generation_config", None)
+    ends = settings.eos_token_id if settings else None
     ends = ends if isinstance(ends, list) else [ends]
     return {end for end in [*ends, tokenizer.eos_token_id] if end is not None}
 
@@ -108,7 +121,7 @@ def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
 
 @torch.no_grad()
 def rollout(
-    model: nn.Module | Decoder,
+    model: nn.Module | Decoder | RemoteSampler,
     prompts: Sequence[Sequence[int]],
     *,
     group_size: int,
@@ -133,6 +146,11 @@ def rollout(
             "A rollout needs group_size and max_new_tokens of 1 or more, a finite temperature of at least 0 "
             f"and 0 < top_p <= 1; it got {group_size}, {max_new_tokens}, {temperature} and {top_p}."
         )
+    if isinstance(model, RemoteSampler):
+        return model.respond(
+            prompts, group_size=group_size, max_new_tokens=max_new_tokens, end_ids=end_ids, temperature=temperature,
+            top_p=top_p, seed=seed, on_progress=on_progress,
+        )  # fmt: skip
     sampler = sampling_copy(model)
     generator = torch.Generator(device=sampler.device).manual_seed(seed)
     start_rows = Rows if isinstance(sampler, Decoder) else ModelRows

@@ -29,7 +29,7 @@ STAGES = ("sft", "grpo")
 TENSORS = ("model.safetensors", "optimizer.safetensors")  # of a checkpoint
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str, processes: int = 1) -> dict[str, Any]:
     """What a number depends on beside its seed: package versions, hardware, and the code's git commit."""
     try:
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -46,6 +46,7 @@ def environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "processor": processor,
         "cores": os.cpu_count(),
+        "processes": processes,
         "git_commit": commit,
     }
 
@@ -101,14 +102,15 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.also: Callable[[str, dict[str, Any]], None] | None = None  # is called with all that is logged
+        self.writes = True  # of several processes that share a run, the first alone writes
 
     @classmethod
-    def start(cls, folder: str | Path, recipe: Any, device: str) -> "Run":
+    def start(cls, folder: str | Path, recipe: Any, device: str, processes: int = 1) -> "Run":
         """A new run folder with its configuration.
 
         ValueError if something is there already, OSError if it cannot be made, each one sentence.
         """
-        run, config = cls(folder), {"recipe": asdict(recipe), "environment": environment(device)}
+        run, config = cls(folder), {"recipe": asdict(recipe), "environment": environment(device, processes)}
         if run.folder.is_symlink():
             raise ValueError(f"{folder} is a link to somewhere else: choose another folder with --out.")
         with one_sentence(lambda reason: f"{folder} cannot be made ({reason}): choose another folder with --out."):
@@ -137,6 +139,8 @@ class Run:
 
     def log(self, name: str, record: dict[str, Any]) -> None:
         """Append one record to `name`.jsonl."""
+        if not self.writes:
+            return
         with self.writing(), open(self._log(name), "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         if self.also:
@@ -169,6 +173,8 @@ class Run:
 
     def write_records(self, name: str, records: list[dict]) -> None:
         """Replace `name`.jsonl, whole."""
+        if not self.writes:
+            return
         path = self._log(name)
         with self.writing():
             path.parent.mkdir(exist_ok=True)
@@ -176,6 +182,8 @@ class Run:
 
     def mend(self) -> None:
         """Take out what a killed process left half written: temporary files, and lines that were cut off."""
+        if not self.writes:
+            return
         for path in self.folder.rglob(".*.tmp"):
             if path.is_file():
                 path.unlink()
@@ -191,6 +199,8 @@ class Run:
         """
         if stage not in STAGES:
             raise ValueError(unknown("stage", stage, STAGES))
+        if not self.writes:
+            return
         weights = trained_weights(model)
         if not all_finite(weights):
             text = f"A weight after {stage} step {step} is no finite number, so it is not kept; {self.last()}."

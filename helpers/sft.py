@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from helpers.buffer import Experience, collate
 from helpers.hygiene import NotFinite, StopAfterStep, check_finite
 from helpers.logprobs import completion_logprobs
+from helpers.processes import add_gradients, gathered, in_any, ready, share
 from helpers.prompts import completion
 from helpers.rewards import format_reward
 from helpers.rollout import encode_prompt
@@ -102,6 +103,7 @@ def sft(
     """Fine-tune a model in place to write the traces: by default the offline teacher's for `task`.
 
     The loss is minus the mean log-prob of the completion tokens, end-of-text included; prompts are not in it.
+    Several processes share the traces of a minibatch.
     With a run, logs and checkpoints go there and a stopped warm-up goes on. Returns a dict of metrics an update.
     Ctrl-C raises `Stopped` after the update, with a checkpoint; a loss or gradient that is no number raises NotFinite
     before it. `say` gets a sentence where a checkpoint is damaged.
@@ -113,7 +115,8 @@ def sft(
         traces = [(re.sub(config.leave_out, "", thinking), answer) for thinking, answer in traces]
     data = encode_traces(tokenizer, task, traces)
     weights = [p for p in model.parameters() if p.requires_grad]
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0))
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
+    model, optimizer = ready(model, optimizer, accelerator)
     done = run.resume("sft", model, optimizer, say) if run else 0
     order: list[int] = []
     history = []
@@ -136,13 +139,18 @@ def sft(
             total = 0.0
             try:
                 for start in range(0, len(batch), config.minibatch_size):
-                    some = batch[start : start + config.minibatch_size]
+                    some = share(batch[start : start + config.minibatch_size], accelerator)
+                    if not some:
+                        continue
                     part = collate(some).to(accelerator.device)
                     with accelerator.autocast():
                         logprobs, _ = completion_logprobs(model, part.input_ids, part.prompt_lengths, part.mask)
                     loss = -logprobs.sum() / tokens
                     accelerator.backward(loss)
-                    total += check_finite("loss", loss.item(), some)
+                    total += loss.item()
+                    if accelerator.num_processes == 1:  # else the others would wait; the gradient shows it as well
+                        check_finite("loss", total, some)
+                add_gradients(weights, accelerator)
                 norm = float(accelerator.clip_grad_norm_(weights, config.max_grad_norm))
                 check_finite("gradient", norm, batch)
             except NotFinite as error:
@@ -150,11 +158,12 @@ def sft(
                 raise error.kept(run, "sft", step + 1, tokenizer) from None
             optimizer.step()
             optimizer.zero_grad()
+            total = sum(gathered([total], accelerator))
             record = {"stage": "sft", "step": step + 1, "loss": total, "grad_norm": norm, "learning_rate": rate}
             history.append(record)
             bar.set_postfix(loss=f"{total:.3f}")
             bar.update()
-            asked = interrupt.asked
+            asked = in_any(interrupt.asked, accelerator)
             if run:
                 run.log("metrics", record)
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps or asked:

@@ -48,13 +48,22 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ServerConfig:
+    """An OpenAI-compatible server that samples: its address, the model's name there, a folder that both can read."""
+
+    url: str
+    model: str
+    adapters: str
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All that a run depends on.
 
     train_size: questions the loop draws from. dtype: of the weights. sampler_dtype: of the copy that samples (none:
     sample from the policy itself). mixed_precision: "no" or "bf16", for the training forward. threads: CPU threads
     (0: torch's choice). lora: none trains all weights. tracker: "tensorboard" draws the logged numbers there as well;
-    it needs that package.
+    it needs that package. server: one that samples for the loop, see `helpers.server`.
     """
 
     model: str
@@ -68,6 +77,7 @@ class Recipe:
     mixed_precision: str = "no"
     threads: int = 0
     tracker: str | None = None
+    server: ServerConfig | None = None
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -87,6 +97,10 @@ class Recipe:
                 raise ValueError(unknown(key, value, allowed))
         if not (self.train_size >= 1 and self.threads >= 0 and 0 <= self.seed < 2**32):
             raise ValueError("A recipe needs a train_size of 1 or more, threads of 0 or more and 0 <= seed < 2**32.")
+        if self.server and not (self.lora and self.grpo.loss.correction):
+            raise ValueError("A recipe with a server needs lora, which is what it is sent, and a grpo.loss.correction.")
+        if self.server and self.grpo.top_p < 1:
+            raise ValueError("A recipe with a server needs grpo.top_p=1: a server's log-probs are those after top_p.")
 
 
 def recipe_names() -> list[str]:

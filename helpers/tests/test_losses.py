@@ -18,6 +18,7 @@ from trl.trainer import grpo_trainer as trl_module
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from helpers.losses import (
+    CORRECTIONS,
     IMPORTANCE_LEVELS,
     LOSS_TYPES,
     LossConfig,
@@ -29,6 +30,7 @@ from helpers.losses import (
     importance_ratio,
     kl_k3,
     policy_loss,
+    sampler_weights,
 )
 
 torch.set_num_threads(1)
@@ -55,11 +57,13 @@ def make_batch(seed: int = 0) -> SimpleNamespace:
     reference = new.detach() + 0.3 * normal(rows, width)
     advantages = group_advantages(normal(2, rows // 2)).flatten()
     mask = torch.arange(width) < torch.tensor(LENGTHS).unsqueeze(1)
+    sampler = old + 0.4 * normal(rows, width)
     return SimpleNamespace(
         logits=logits,
         new=new,
         old=old,
         reference=reference,
+        sampler=sampler,
         advantages=advantages,
         mask=mask,
         token_entropy=entropy(logits),
@@ -78,6 +82,7 @@ def our_loss(batch: SimpleNamespace, config: LossConfig, **totals: float) -> tup
         batch.mask,
         config,
         reference=batch.reference,
+        sampler=batch.sampler,
         token_entropy=batch.token_entropy,
         max_length=MAX_LENGTH,
         **totals,
@@ -113,7 +118,8 @@ def trl_loss(
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        use_vllm=False,
+        use_vllm=config.correction is not None,
+        vllm_importance_sampling_correction=True,
     )
     completion_mask = batch.mask.long()
     prompt = torch.ones(len(completion_mask), 1, dtype=torch.long)
@@ -127,6 +133,8 @@ def trl_loss(
         "ref_per_token_logps": batch.reference,
         "num_items_in_batch": completion_mask.sum() if tokens is None else torch.tensor(tokens),
     }
+    if config.correction:
+        inputs["importance_sampling_ratio"] = trl_sampler_weights(batch, config)
     loss = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
     return loss, {name: values[0] for name, values in metrics["train"].items()}
 
@@ -200,11 +208,36 @@ def test_accumulated_minibatches_equal_trl(loss_type):
     assert_close(gradient(ours, batch.logits), gradient(theirs, batch.logits), **EXACT)
 
 
-def trl_advantages(rewards: Tensor, scale: str) -> Tensor:
-    """TRL's own lines: they stand in the middle of a long method, from which they are cut out and run."""
+def trl_lines(test: str, name: str, **scope):
+    """TRL's own lines: they stand in the middle of a long method, from which they are cut out and run.
+
+    test: of the if statement that they stand under; name: of the variable that they make, which is returned.
+    """
     method = ast.parse(dedent(inspect.getsource(GRPOTrainer._generate_and_score_completions)))
-    test = "self.multi_objective_aggregation == 'sum_then_normalize'"
-    (branch,) = (n for n in ast.walk(method) if isinstance(n, ast.If) and ast.unparse(n.test) == test)
+    branches = [n for n in ast.walk(method) if isinstance(n, ast.If) and ast.unparse(n.test) == test]
+    (branch,) = (b for b in branches if f"{name} =" in ast.unparse(b))
+    exec(compile(ast.Module(branch.body, []), "trl", "exec"), scope)
+    return scope[name]
+
+
+def trl_sampler_weights(batch: SimpleNamespace, config: LossConfig) -> Tensor:
+    return trl_lines(
+        "self.use_vllm and self.vllm_importance_sampling_correction",
+        "vllm_importance_sampling_ratio",
+        **vars(trl_module),
+        self=SimpleNamespace(
+            vllm_importance_sampling_mode=config.correction,
+            vllm_importance_sampling_clip_max=config.correction_cap,
+            vllm_importance_sampling_clip_min=None,
+        ),
+        old_per_token_logps=batch.old,
+        sampling_per_token_logps=batch.sampler,
+        completion_mask=batch.mask.long(),
+        tool_mask=None,
+    )
+
+
+def trl_advantages(rewards: Tensor, scale: str) -> Tensor:
     scope = dict(
         vars(trl_module),
         self=SimpleNamespace(scale_rewards=scale, reward_weights=torch.ones(1, dtype=rewards.dtype)),
@@ -213,8 +246,41 @@ def trl_advantages(rewards: Tensor, scale: str) -> Tensor:
         num_generations=rewards.shape[1],
         device=rewards.device,
     )
-    exec(compile(ast.Module(branch.body, []), "trl", "exec"), scope)
-    return scope["advantages"].reshape(rewards.shape)
+    test = "self.multi_objective_aggregation == 'sum_then_normalize'"
+    return trl_lines(test, "advantages", **scope).reshape(rewards.shape)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("cap", [1.2, 3.0])
+@pytest.mark.parametrize("mode", CORRECTIONS)
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "cispo"])
+def test_the_correction_for_another_sampler_equals_trl(loss_type, mode, cap, beta):
+    batch = make_batch()
+    config = LossConfig(loss_type, beta=beta, correction=mode, correction_cap=cap)
+    (ours, stats), (theirs, _) = our_loss(batch, config), trl_loss(batch, config)
+    assert_close(ours, theirs, **EXACT)
+    assert_close(gradient(ours, batch.logits), gradient(theirs, batch.logits), **EXACT)
+    weights = sampler_weights(batch.old, batch.sampler, batch.mask, mode, cap)
+    assert_close(weights, trl_sampler_weights(batch, config), **EXACT)
+    assert (weights != 1).any() and stats["correction"] != 1
+    without = our_loss(batch, LossConfig(loss_type, beta=beta))[0]
+    assert abs(ours - without) > 1e-4
+
+
+def test_the_correction_by_hand():
+    mask = torch.tensor([[True, True, False]])
+    old, sampler = torch.log(torch.tensor([[0.5, 0.8, 1.0]])), torch.log(torch.tensor([[0.25, 0.1, 0.1]]))  # 2, 8
+    expected = {
+        "token_truncate": [[2.0, 3.0, 1.0]],
+        "token_mask": [[2.0, 0.0, 1.0]],
+        "sequence_truncate": [[3.0]],
+        "sequence_mask": [[0.0]],
+    }
+    for mode, weights in expected.items():
+        assert_close(sampler_weights(old, sampler, mask, mode), torch.tensor(weights))
+    unknown = torch.tensor([[math.nan, math.nan, 0.0]])  # a server may leave log-probs out
+    assert_close(sampler_weights(old, unknown, mask, "token_mask"), torch.ones(1, 3))
+    assert_close(sampler_weights(old, sampler, mask, "sequence_mask", cap=20.0), torch.tensor([[16.0]]))
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -417,6 +483,7 @@ def padded_cases(draw):
         beta=draw(st.sampled_from([0.0, 0.04])),
         entropy_coefficient=draw(st.sampled_from([0.0, 0.1])),
         kl_correction=draw(st.booleans()),
+        correction=draw(st.sampled_from([None, *CORRECTIONS])),
     )
     return torch.tensor(mask), junk, draw(st.integers(0, 999)), config
 
@@ -426,13 +493,13 @@ def padded_cases(draw):
 def test_what_padding_holds_never_matters(case):
     mask, junk, seed, config = case
     generator = torch.Generator().manual_seed(seed)
-    # Log-probs of the policy, of the one that sampled, of the reference model; entropies.
-    tensors = torch.randn(4, *mask.shape, generator=generator, dtype=torch.float64)
+    # Log-probs of the policy, of that before the update, of the sampler, of the reference model; entropies.
+    tensors = torch.randn(5, *mask.shape, generator=generator, dtype=torch.float64)
     advantages = torch.randn(len(mask), generator=generator, dtype=torch.float64)
 
     def run(values: Tensor, advantages: Tensor, mask: Tensor):
         leaves = values.clone().requires_grad_()
-        new, old, reference, token_entropy = leaves
+        new, old, sampler, reference, token_entropy = leaves
         loss, stats = policy_loss(
             new,
             old,
@@ -440,6 +507,7 @@ def test_what_padding_holds_never_matters(case):
             mask,
             config,
             reference=reference,
+            sampler=sampler,
             token_entropy=token_entropy,
             max_length=MAX_LENGTH,
         )
@@ -448,7 +516,7 @@ def test_what_padding_holds_never_matters(case):
     loss, grad, stats = run(tensors, advantages, mask)
     assert loss.isfinite() and grad.isfinite().all() and all(math.isfinite(value) for value in stats.values())
     assert (grad[:, ~mask] == 0).all()
-    assert (grad[1:3] == 0).all()  # neither the sampling policy nor the reference model is trained
+    assert (grad[1:4] == 0).all()  # the policy alone is trained
 
     dirty_advantages = torch.where(mask.any(dim=1), advantages, junk)
     dirty = run(torch.where(mask, tensors, junk), dirty_advantages, mask)
@@ -472,6 +540,8 @@ def test_what_padding_holds_never_matters(case):
         ({"epsilon_high": math.nan}, "epsilon_high must be a number"),
         ({"beta": "1e-3"}, "beta must be a number"),
         ({"entropy_coefficient": -1}, "entropy_coefficient must be a number"),
+        ({"correction": "word_mask"}, "correction must be one of token_truncate, .* not 'word_mask'"),
+        ({"correction_cap": -1.0}, "correction_cap must be a number"),
     ],
 )
 def test_a_wrong_config_is_refused(options, message):
@@ -486,6 +556,8 @@ def test_a_wrong_call_is_refused():
         policy_loss(*logps, LossConfig(beta=0.1))
     with pytest.raises(ValueError, match="token_entropy"):
         policy_loss(*logps, LossConfig(entropy_coefficient=0.1))
+    with pytest.raises(ValueError, match="sampler's log-probs"):
+        policy_loss(*logps, LossConfig(correction="token_mask"))
     with pytest.raises(ValueError, match="max_length"):
         policy_loss(*logps, LossConfig("dr_grpo"))
     with pytest.raises(ValueError, match="old must have new's shape"):

@@ -12,7 +12,8 @@ from accelerate.state import AcceleratorState
 
 from helpers import pipeline
 from helpers.evaluate import mcnemar
-from helpers.models import load_adapter
+from helpers.local_server import NAME, serve
+from helpers.models import load_adapter, load_model
 from helpers.pipeline import compare, held_out, start_model, train
 from helpers.recipes import load_recipe
 from helpers.runs import Run
@@ -325,3 +326,46 @@ def test_without_the_package_a_tracker_is_refused_before_a_folder_is_made(tmp_pa
     with pytest.raises(ValueError, match="pip install tensorboard"):
         train(load_recipe("pocket", [*TINY, "tracker=tensorboard"]), tmp_path / "run", **SILENT)
     assert not (tmp_path / "run").exists()
+
+
+def through(url, folder):
+    """Settings for a run whose loop is sampled for by a server."""
+    return [*TINY, "lora.r=4", "lora.alpha=8", "grpo.updates_per_buffer=1", "grpo.minibatch_size=8",
+            "grpo.loss.correction=token_truncate", f"server.url={url}", f"server.model={NAME}",
+            f"server.adapters={folder}"]  # fmt: skip
+
+
+def test_a_server_samples_from_the_policy_of_each_step(tmp_path):
+    model, tokenizer = load_model("pocket", seed=0)
+    with serve(model, tokenizer) as url:
+        run = train(load_recipe("pocket", through(url, tmp_path / "adapters")), tmp_path / "run", **SILENT)
+    steps = [record for record in run.records("metrics") if record["stage"] == "grpo"]
+    assert len(steps) == 4 and sum(step["grad_norm"] for step in steps) > 0
+    # Trainer over sampler, after a warm-up and after each update: a policy that lags behind would be far from 1.
+    assert all(step["correction"] == pytest.approx(1, abs=1e-4) for step in steps if step["grad_norm"])
+    assert len(list((tmp_path / "adapters").iterdir())) == 1
+
+
+def test_a_server_that_is_wrong_about_itself_is_told_and_corrected(tmp_path):
+    model, tokenizer = load_model("pocket", seed=0)
+    said = []
+    with serve(model, tokenizer, log_bias=-1.0) as url:
+        recipe = load_recipe("pocket", [*through(url, tmp_path / "adapters"), "grpo.steps=1"])
+        run = train(recipe, tmp_path / "run", say=said.append)
+    assert run.records("metrics")[-1]["correction"] == pytest.approx(2.718, abs=1e-2)
+    assert any("sampler and trainer disagree" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "setting, cure",
+    [
+        ("lora=null", "needs lora"),
+        ("grpo.loss.correction=null", "a grpo.loss.correction"),
+        ("grpo.top_p=0.9", "top_p=1"),
+    ],
+)
+def test_what_a_server_needs_is_said_before_the_run_begins(setting, cure):
+    settings = [s for s in through("http://localhost:1/v1", "x") if not s.startswith("lora")]
+    load_recipe("pocket", [*settings, "lora.r=4"])
+    with pytest.raises(ValueError, match=cure):
+        load_recipe("pocket", [*settings, "lora.r=4", setting])

@@ -1,5 +1,6 @@
 """The files around the code say what is true: pins, environments, commands, recorded numbers."""
 
+import json
 import re
 import subprocess
 from importlib.metadata import version
@@ -9,6 +10,7 @@ import nbformat
 import pytest
 import yaml
 
+from helpers.benchmark import best_ratio, profile_table, table
 from helpers.pipeline import compare, results_table
 from helpers.runs import Run
 
@@ -117,3 +119,11 @@ def test_no_file_names_a_package_registry_or_a_home_folder():
     for file in files:
         if not file.endswith((".safetensors", ".png")):
             assert not forbidden.search((ROOT / file).read_text(encoding="utf-8")), file
+
+
+def test_the_speed_that_is_told_is_the_speed_that_was_measured():
+    result = json.loads((ROOT / "helpers/recorded/benchmark.json").read_text())
+    page, machine = (ROOT / "README.md").read_text(), result["machine"]
+    assert table(result) in page and profile_table(result) in page and "helpers/recorded/benchmark.png" in page
+    assert f"{best_ratio(result):.1f} times" in page and machine["processor"] in page and machine["git_commit"] in page
+    assert "dirty" not in machine["git_commit"]

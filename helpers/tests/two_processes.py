@@ -1,0 +1,64 @@
+"""What test_processes starts, alone and twice: a few steps of each loss, and what came of them, in a file."""
+
+import sys
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from helpers import sft as warm_up
+from helpers.grpo import grpo
+from helpers.losses import LossConfig
+from helpers.runs import trained_weights
+from helpers.tasks import load_task
+from helpers.tests.test_grpo import SMALL, TASK, TOKENIZER, WholeText, tiny_model
+
+LOSSES = {
+    "grpo": LossConfig(),
+    "bnpo": LossConfig(loss_type="bnpo"),
+    "dapo and KL": LossConfig(loss_type="dapo", beta=0.04),
+    "dr_grpo and entropy": LossConfig(loss_type="dr_grpo", entropy_coefficient=0.01),
+}
+# Two rollouts a step, two updates a buffer, two minibatches an update.
+CONFIG = replace(SMALL, steps=2, buffer_size=16, minibatch_size=4, gradient_accumulation=2)
+
+
+def main(out: str) -> None:
+    """Train a tiny model with each loss, and warm one up; the first process writes gradients and weights to `out`."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    found: dict[str, torch.Tensor] = {}
+
+    def record(name: str, history: list[dict], model, gradients: list[torch.Tensor]) -> None:
+        found[f"{name}: gradients"] = torch.stack(gradients)
+        found[f"{name}: weights"] = torch.cat([w.flatten() for w in trained_weights(model).values()])
+        for key in ("loss", "grad_norm", "reward", "accuracy", "length", "ratio_max", "ratio_min", "ratio_mean", "kl"):
+            if key in history[0]:
+                found[f"{name}: {key}"] = torch.tensor([step[key] for step in history])
+
+    gradients: list[torch.Tensor] = []
+    register_optimizer_step_pre_hook(
+        lambda optimizer, *_: gradients.append(
+            torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]])
+        )
+    )
+    for name, loss in LOSSES.items():
+        # All processes but the first begin elsewhere: they must take over its weights.
+        model = tiny_model(seed=accelerator.process_index)
+        gradients.clear()
+        history = grpo(model, TOKENIZER, TASK, replace(CONFIG, loss=loss), reward=WholeText(TASK),
+                       accelerator=accelerator, progress=False)  # fmt: skip
+        record(name, history, model, gradients)
+    model, task = tiny_model(seed=accelerator.process_index), load_task("letter_counting", "train", 5)
+    gradients.clear()
+    config = warm_up.SFTConfig(traces=5, epochs=1, batch_size=4, minibatch_size=2)
+    history = warm_up.sft(model, TOKENIZER, task, config, accelerator=accelerator, progress=False)
+    record("sft", history, model, gradients)
+    if accelerator.is_main_process:
+        save_file(found, out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
