@@ -9,7 +9,7 @@ def keep_freed_memory() -> None:
 
     By default glibc hands large blocks back at once, and the pages of each new one are cleared by the system when they
     are first touched: on a virtual machine that took two thirds of the time of sampling a token. Memory that was in
-    use once stays with the process, and a training step's peak is 1.4 to 2.1 times higher for it
+    use once stays with the process, and a training step's peak is 1.4 to 2.0 times higher for it
     (recorded/sizing.json). Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
