@@ -121,13 +121,13 @@ def collect(
     rewards = torch.tensor([[part["total"] for part in group] for group in parts])  # (Q, G)
     advantages = group_advantages(rewards, scale=config.scale, std_ddof=config.std_ddof)  # (Q, G)
     experiences = [
-        Experience(
-            prompt, response.token_ids, advantage,
-            sampler_logprobs=torch.tensor(response.logprobs) if config.loss.correction else None,
-        )
+        Experience(prompt, response.token_ids, advantage)
         for prompt, group, row in zip(prompts, responses, advantages.tolist(), strict=True)
         for response, advantage in zip(group, row, strict=True)
-    ]  # fmt: skip
+    ]
+    if config.loss.correction:
+        told = [torch.tensor(response.logprobs) for group in responses for response in group]
+        experiences = [replace(e, sampler_logprobs=x) for e, x in zip(experiences, told, strict=True)]
     return Collected(examples, responses, texts, parts, rewards, experiences)
 
 

@@ -125,6 +125,9 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, say=tqdm.write,
             save_adapter(model, run.folder / "adapter")
     for decoding in ("greedy", "sampled") if first and len(stages) > 1 else ():
         say(compare(run, *stages[-2:], decoding))
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        accelerator.end_training()  # a process that goes while another still listens can take it down
     return run
 
 

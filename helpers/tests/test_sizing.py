@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from helpers.memory import CASES, PHASES, case, check, expected, forget_peak, main, measure, peak
@@ -15,6 +16,14 @@ from helpers.sizing import CARDS, SHAPES, ModelShape, activations, estimate
 from helpers.tests.conftest import small_model
 
 RECORD = Path(__file__).parents[1] / "recorded/sizing.json"
+
+
+@pytest.fixture(autouse=True)
+def one_accelerator_a_test():
+    """accelerate keeps the first accelerator's settings for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 TOLERANCE = 0.15  # as the notebook states it
 ARTICLE = ("article-smollm-135m", "article-smollm-360m", "article-qwen3-0.6b")
 # From the models' own config.json files.

@@ -58,6 +58,7 @@ def main(out: str) -> None:
     record("sft", history, model, gradients)
     if accelerator.is_main_process:
         save_file(found, out)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
