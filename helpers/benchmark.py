@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ from helpers.losses import LossConfig
 from helpers.models import add_lora, halve_frozen, load_model
 from helpers.rollout import encode_prompt, rollout
 from helpers.tasks import load_task
+
+
+def peak() -> int:
+    """Bytes: the most that this process has held at once."""
+    status = Path("/proc/self/status")  # not `getrusage`, whose figure begins at what the parent process had
+    if status.exists():
+        return 1024 * int(next(w for w in status.read_text().splitlines() if w.startswith("VmHWM")).split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 @dataclass(frozen=True)
@@ -246,8 +255,7 @@ def _serve(name: str, job: Job, pipe) -> None:
             start = time.perf_counter()
             note = next(contestant)
             seconds = time.perf_counter() - start
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-            pipe.send({"seconds": seconds, "peak_bytes": peak, "sampling": note})
+            pipe.send({"seconds": seconds, "peak_bytes": peak(), "sampling": note})
     except BaseException as error:
         pipe.send(f"{type(error).__name__}: {error}".splitlines()[0][:200])
     os._exit(0)  # TRL's thread still waits for its next step

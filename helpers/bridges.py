@@ -139,8 +139,9 @@ def write_verl(task: Task, folder: str | Path) -> Path:
 
 
 @cache
-def _task(name: str) -> Task:
-    return load_task(name, size=1)  # its verifier is all that is used
+def verifier(name: str) -> Task:
+    """A task with little more than its verifier, by name; made once."""
+    return load_task(name, size=1)
 
 
 def compute_score(
@@ -159,7 +160,7 @@ def compute_score(
         raise ValueError("verl's row lacks extra_info.metadata: write the Parquet file with write_verl.") from None
     weights = {f.name: more[f.name] for f in fields(RewardConfig) if f.name in more}
     text = solution_str if isinstance(solution_str, str) else ""
-    parts = Reward(_task(data_source), RewardConfig(**weights)).parts(text, example)
+    parts = Reward(verifier(data_source), RewardConfig(**weights)).parts(text, example)
     return {"score": parts["total"], "acc": parts["correct"], "format": parts["format"], "length": parts["length"]}
 
 

@@ -14,21 +14,46 @@ from helpers.rollout import Response
 Post = Callable[[str, dict[str, Any], str], Awaitable[str]]  # path, body and advice if it is refused -> the answer
 
 
-def exchange(base_url: str, timeout: float, max_retries: int, work: Callable[[Post], Awaitable[Any]]) -> Any:
-    """What `work(post)` returns. It runs in a thread of its own: in Jupyter this one has an event loop already.
+def in_a_loop_of_its_own(work: Callable[[], Awaitable[Any]]) -> Any:
+    """What `await work()` returns, in a thread of its own: in Jupyter this one has an event loop already.
 
-    post raises RuntimeError if the server does not answer or refuses. The key comes from OPENAI_API_KEY alone;
-    ValueError if that can be none. An interrupt ends all requests.
+    An interrupt cancels the work.
     """
-    import openai
-
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise ValueError("OPENAI_API_KEY holds a character that no key has; set it anew.")
     running = []
 
     async def start() -> Any:
         running.append((asyncio.get_running_loop(), asyncio.current_task()))
+        return await work()
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(asyncio.run, start())
+        try:
+            return result.result()
+        except KeyboardInterrupt:
+            with suppress(RuntimeError):  # its loop is closed: it was just done
+                for loop, asking in running:
+                    loop.call_soon_threadsafe(asking.cancel)
+            raise
+
+
+def api_key() -> str:
+    """The key in OPENAI_API_KEY, "" if there is none. ValueError, without it, if it can be no key."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("OPENAI_API_KEY holds a character that no key has; set it anew.")
+    return key
+
+
+def exchange(base_url: str, timeout: float, max_retries: int, work: Callable[[Post], Awaitable[Any]]) -> Any:
+    """What `work(post)` returns, run by `in_a_loop_of_its_own`. The key is `api_key`'s.
+
+    post raises RuntimeError if the server does not answer or refuses.
+    """
+    import openai
+
+    key = api_key()
+
+    async def start() -> Any:
         settings = {"timeout": openai.Timeout(timeout, connect=10), "max_retries": max_retries}
         # openai insists on a key, which a server that was started without one does not read.
         async with openai.AsyncOpenAI(base_url=base_url, api_key=key or "none", **settings) as client:
@@ -53,15 +78,7 @@ def exchange(base_url: str, timeout: float, max_retries: int, work: Callable[[Po
 
             return await work(post)
 
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(asyncio.run, start())
-        try:
-            return result.result()
-        except KeyboardInterrupt:
-            with suppress(RuntimeError):  # its loop is closed: it was just done
-                for loop, asking in running:
-                    loop.call_soon_threadsafe(asking.cancel)
-            raise
+    return in_a_loop_of_its_own(start)
 
 
 def read_reply(text: str, n: int, max_new_tokens: int, end_ids: Collection[int]) -> list[Response]:

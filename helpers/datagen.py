@@ -5,12 +5,11 @@ import json
 import os
 import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from helpers.completions import api_key, in_a_loop_of_its_own
 from helpers.prompts import completion, extract_answer, extract_thinking, messages
 from helpers.rewards import format_reward
 from helpers.runs import progress_bar, read_jsonl, write_atomically
@@ -251,21 +250,7 @@ def make_traces(task: Task, path: str | Path, api: ApiConfig | None = None, *, p
             if not file.replies[example.question]:
                 file.add(example, Reply(completion(task.thinking(example), example.answer)))
         return file
-    running = []
-
-    async def ask() -> TraceFile:
-        running.append((asyncio.get_running_loop(), asyncio.current_task()))
-        return await ask_api(task, path, api, progress=progress)
-
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(asyncio.run, ask())
-        try:
-            return result.result()
-        except KeyboardInterrupt:
-            for loop, asking in running:
-                with suppress(RuntimeError):  # it has ended meanwhile
-                    loop.call_soon_threadsafe(asking.cancel)
-            raise
+    return in_a_loop_of_its_own(lambda: ask_api(task, path, api, progress=progress))
 
 
 async def ask_api(task: Task, path: str | Path, api: ApiConfig, *, progress: bool = True) -> TraceFile:
@@ -277,12 +262,10 @@ async def ask_api(task: Task, path: str | Path, api: ApiConfig, *, progress: boo
     """
     import openai
 
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    key = api_key()
     own = not (api.base_url or os.environ.get("OPENAI_BASE_URL"))  # OpenAI's own server
     if own and not key:
         raise ValueError("Set the environment variable OPENAI_API_KEY, or name a server that needs no key as base_url.")
-    if not (key.isascii() and key.isprintable()):
-        raise ValueError("OPENAI_API_KEY holds a character that no key has; set it anew.")
     file = TraceFile(path, task, api.model, api.prices or (PRICES.get(api.model) if own else None))
     asked = [e for e in task if e.question not in file.kept and file.replies[e.question] < api.attempts]
     bar = progress_bar("traces", len(task), len(task) - len(asked), progress)

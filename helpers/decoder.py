@@ -22,6 +22,11 @@ def round_up(rows: int) -> int:
     return -(-rows // unit) * unit
 
 
+def spare_rows(rows: int, device: torch.device) -> int:
+    """How many rows `round_up` adds; none where there is no oneDNN. Their results are thrown away."""
+    return round_up(rows) - rows if device.type == "cpu" else 0
+
+
 def packed_product(weight: Tensor, bias: Tensor | None):
     """The function x -> x @ weight.T + bias, with the weight laid out beforehand where that is faster.
 
@@ -119,7 +124,7 @@ class Decoder:
         """
         eps, size = self.config.rms_norm_eps, self.embedding.shape[1:]
         rows = len(ids)
-        more = round_up(rows) - rows if ids.device.type == "cpu" else 0  # their results are thrown away
+        more = spare_rows(rows, ids.device)
         ids, positions = F.pad(ids, (0, more)), F.pad(positions, (0, more))
         hidden = F.embedding(ids, self.embedding)
         cos, sin = (x[0, :, None] for x in self.rotary(hidden, positions[None]))  # (N, 1, D)

@@ -103,6 +103,19 @@ class _Http(ThreadingHTTPServer):
 
 
 @contextmanager
+def running(server: ThreadingHTTPServer) -> Iterator[ThreadingHTTPServer]:
+    """A server at work in a thread of its own; closed at the end."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
 def serve(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype | None = None, log_bias: float = 0.0
 ) -> Iterator[str]:
@@ -114,11 +127,5 @@ def serve(
     """
     http = _Http(("127.0.0.1", 0), _Handler)
     http.models, http.lock = _Models(model, tokenizer, dtype, log_bias), threading.Lock()
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with running(http):
         yield f"http://127.0.0.1:{http.server_address[1]}/v1"
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()

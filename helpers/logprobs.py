@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from helpers.decoder import round_up
+from helpers.decoder import spare_rows
 from helpers.losses import entropy
 from helpers.models import bare
 from helpers.packing import lay_out, packed_states
@@ -100,7 +100,7 @@ class FrozenHead(torch.autograd.Function):
     def forward(ctx, states: Tensor, targets: Tensor, weight: Tensor, temperature: float) -> Tensor:
         """states: (n, H); targets: (n,); weight: (V, H). Returns (n,) log-probs, float32."""
         logprobs, slopes, rows = [], [], len(states)
-        more = round_up(rows) - rows if states.device.type == "cpu" else 0
+        more = spare_rows(rows, states.device)
         states, targets = F.pad(states, (0, 0, 0, more)), F.pad(targets, (0, more))
         with torch.autocast(states.device.type, enabled=False):
             for some, tokens in zip(states.to(weight.dtype).split(CHUNK), targets.split(CHUNK), strict=True):

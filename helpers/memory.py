@@ -5,7 +5,6 @@ import ctypes
 import gc
 import json
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from helpers.benchmark import Coin, Sized
+from helpers.benchmark import Coin, Sized, peak
 from helpers.decoder import sampling_copy
 from helpers.grpo import collect, grpo
 from helpers.models import add_lora, halve_frozen, load_model
@@ -43,15 +42,6 @@ def case(name: str) -> Recipe:
         "smollm2-135m-cpu", [f"grpo.{s}" for s in (*CASES[name], "gradient_accumulation=1", "steps=1")]
     )
     return replace(recipe, mixed_precision="no", sampler_dtype="float32") if "float32" in name else recipe
-
-
-def peak(since: int = 0) -> int:
-    """Bytes: the most that this process has held since `forget_peak`, or since its start where that is not possible."""
-    status = Path("/proc/self/status")  # not `getrusage`: that peak cannot be forgotten
-    if status.exists():
-        return 1024 * int(next(w for w in status.read_text().splitlines() if w.startswith("VmHWM")).split()[1]) - since
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - since
 
 
 def forget_peak() -> int:
@@ -85,7 +75,7 @@ def measure(recipe: Recipe, phase: str, keep: bool = False) -> dict[str, int]:
     _run(replace(first, **same), "step", lambda: None)
     before = forget_peak()
     length = _run(recipe, phase, forget_peak)
-    return {"bytes": peak(before), "prompt_length": length}
+    return {"bytes": peak() - before, "prompt_length": length}
 
 
 def _run(recipe: Recipe, phase: str, loaded: Callable[[], Any]) -> int:

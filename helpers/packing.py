@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from helpers.decoder import Decoder, round_up
+from helpers.decoder import Decoder, spare_rows
 from helpers.models import bare
 
 NAME = "shared_prompts"
@@ -115,8 +115,7 @@ def packed_states(model: nn.Module, layout: Layout) -> Tensor | None:
     if model.config._attn_implementation != NAME:
         return None
     nothing = torch.empty(1, 1, 1, 1, device=layout.ids.device)  # a mask of four dimensions is taken as it is
-    on_cpu = layout.ids.device.type == "cpu"
-    more = round_up(len(layout.ids)) - len(layout.ids) if on_cpu else 0  # tokens that nothing looks at
+    more = spare_rows(len(layout.ids), layout.ids.device)  # tokens that nothing looks at
     ids, positions = (F.pad(x, (0, more))[None] for x in (layout.ids, layout.positions))
     return model.get_decoder()(
         input_ids=ids, position_ids=positions, attention_mask=nothing, use_cache=False, layout=layout

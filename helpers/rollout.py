@@ -15,6 +15,7 @@ from helpers.decoder import Decoder, Rows, sampling_copy
 from helpers.models import bare
 from helpers.prompts import messages
 
+MAX_ROWS = 384  # responses that are sampled at a time; more need more memory
 BLOCK = 64  # tokens; the vocabulary is searched a block at a time
 SHRINK = 0.75  # finished rows are dropped when so few are left: often enough to save work, seldom enough to copy little
 
@@ -130,7 +131,7 @@ def rollout(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
-    max_rows: int = 384,
+    max_rows: int = MAX_ROWS,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[list[Response]]:
     """Sample `group_size` responses to each prompt (token ids). Returns a list of responses for each prompt, in order.

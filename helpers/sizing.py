@@ -8,10 +8,10 @@ import torch
 from helpers.limits import Shape, Work, operations
 from helpers.logprobs import CHUNK
 from helpers.recipes import Recipe
+from helpers.rollout import MAX_ROWS
 
 GIB = 2**30
 CARDS = (8, 16, 24, 80)  # GiB of common GPUs
-MAX_ROWS = 384  # that `rollout` samples at a time
 
 
 @dataclass(frozen=True)

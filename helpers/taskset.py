@@ -11,7 +11,7 @@ from typing import Any
 
 import verifiers.v1 as vf
 
-from helpers.bridges import chat_fields
+from helpers.bridges import chat_fields, verifier
 from helpers.rewards import Reward, RewardConfig
 from helpers.tasks import Example, load_task
 
@@ -41,7 +41,7 @@ class Question(vf.Task[QuestionData, vf.State, QuestionConfig]):
         """`Reward.parts` of the model's reply."""
         weights = {name: getattr(self.config, name) for name in ("correct", "format", "length", "length_target")}
         example = Example(self.data.question, self.data.answer, self.data.metadata)
-        return Reward(load_task(self.data.task, size=1), RewardConfig(**weights)).parts(trace.last_reply, example)
+        return Reward(verifier(self.data.task), RewardConfig(**weights)).parts(trace.last_reply, example)
 
     @vf.reward
     async def total(self, trace: vf.Trace) -> float:

@@ -15,7 +15,6 @@ import time
 import traceback
 import urllib.request
 from collections import Counter
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -36,6 +35,7 @@ from helpers.datagen import (
     reject,
     trace_messages,
 )
+from helpers.local_server import running
 from helpers.models import load_model
 from helpers.prompts import SYSTEM_PROMPT, completion
 from helpers.recipes import load_recipe
@@ -159,17 +159,8 @@ class Server(ThreadingHTTPServer):
         return Counter(question for question, *_ in self.log)
 
 
-@contextmanager
 def serving(task=TASK, default=RIGHT):
-    server = Server(task, default)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return running(Server(task, default))
 
 
 @pytest.fixture

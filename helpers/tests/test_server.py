@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.completions import read_reply
-from helpers.local_server import NAME, serve
+from helpers.local_server import NAME, running, serve
 from helpers.logprobs import completion_logprobs
 from helpers.models import add_lora, load_model
 from helpers.rollout import Response, encode_prompt, end_token_ids, rollout
@@ -205,14 +205,8 @@ def scripted(script):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
     server.script, server.log, server.lock = list(script), [], threading.Lock()
     server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with running(server):
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def choice(token_ids=(5, 1), logprobs=(-0.5, -0.1), **more):
