@@ -147,7 +147,7 @@ def verifier(name: str) -> Task:
 def compute_score(
     data_source: str, solution_str: Any, ground_truth: Any, extra_info: Mapping[str, Any] | None = None, **more: Any
 ) -> dict[str, float]:
-    """Our reward as verl calls it, by keyword: `score` is the total, `acc`, `format` and `length` are its parts.
+    """Our reward as verl calls it, by keyword: `score` is the total, `acc`, `format`, `length` ... are its parts.
 
     A completion that is no text gets what an empty one gets. more: weights of `RewardConfig`, verl's reward_kwargs;
     the rest is ignored. Raises ValueError for a row that `verl_rows` has not made.
@@ -161,7 +161,7 @@ def compute_score(
     weights = {f.name: more[f.name] for f in fields(RewardConfig) if f.name in more}
     text = solution_str if isinstance(solution_str, str) else ""
     parts = Reward(verifier(data_source), RewardConfig(**weights)).parts(text, example)
-    return {"score": parts["total"], "acc": parts["correct"], "format": parts["format"], "length": parts["length"]}
+    return {"score": parts.pop("total"), "acc": parts.pop("correct"), **parts}
 
 
 # --- verifiers, for prime-rl: see `helpers.taskset` ---

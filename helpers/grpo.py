@@ -251,6 +251,7 @@ def summarise(collected: list[Collected]) -> dict[str, float]:
         "reward_std": rewards.std().item(),
         "accuracy": sum(p["correct"] for p in parts) / len(parts),
         "format_rate": sum(p["format"] for p in parts) / len(parts),
+        **({"derivation_rate": sum(p["derivation"] for p in parts) / len(parts)} if "derivation" in parts[0] else {}),
         "no_signal": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
         "length": tokens / len(responses),
         "unfinished": sum(not r.finished for r in responses) / len(responses),

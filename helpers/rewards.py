@@ -1,4 +1,4 @@
-"""The reward: is the answer right, is the format right, and, where asked for, is the reply too long."""
+"""The reward: is the answer right, is the format right, and, where asked for, the derivation; is the reply too long."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from helpers.prompts import extract_answer
+from helpers.prompts import extract_answer, extract_thinking
 from helpers.tasks import Example, Task
 
 _BODY = r"(?:(?!</?(?:think|answer)>).)*"  # text without a tag in it
@@ -20,8 +20,10 @@ def format_reward(completion: str) -> float:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The weights in total = correct * [right] + format * [well formed] - length * excess.
+    """The weights in total = correct * [right] + format * [well formed] + derivation * [sound] - length * excess.
 
+    sound: every step of the thinking is right and leads to the answer, as the task's `check_thinking` says: a process
+    reward beside the outcome's (Lightman et al., arXiv 2305.20050, with a program in place of their reward model).
     excess = min(1, max(0, words / length_target - 1)): 0 up to `length_target` words, then a straight line
     to 1 at twice as many, the shape of DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13).
     ValueError for a negative or infinite number and for a `length` without a `length_target`.
@@ -29,6 +31,7 @@ class RewardConfig:
 
     correct: float = 0.85
     format: float = 0.15
+    derivation: float = 0.0
     length: float = 0.0
     length_target: int = 0  # words of a whole completion
 
@@ -53,14 +56,23 @@ class Reward:
         return f"{self.task.name}_reward"
 
     def parts(self, completion: str, example: Example) -> dict[str, float]:
-        """correct and format in {0, 1}, length (the excess) in [0, 1], and the total they make."""
+        """correct and format in {0, 1}, length (the excess) in [0, 1], and the total they make.
+
+        derivation, in {0, 1}, is there where it has a weight: checking each step takes time and the example's metadata.
+        """
         weights = self.config
-        correct = self.task.score(extract_answer(completion), example)
+        answer = extract_answer(completion)
+        correct = self.task.score(answer, example)
         well_formed = format_reward(completion)
         target = weights.length_target
         excess = min(1.0, max(0.0, len(completion.split()) / target - 1)) if target else 0.0
         total = weights.correct * correct + weights.format * well_formed - weights.length * excess
-        return {"correct": correct, "format": well_formed, "length": excess, "total": total}
+        parts = {"correct": correct, "format": well_formed, "length": excess}
+        if weights.derivation:
+            sound = float(self.task.check_thinking(extract_thinking(completion), example, answer))
+            parts["derivation"] = sound
+            total += weights.derivation * sound
+        return {**parts, "total": total}
 
     def __call__(
         self,

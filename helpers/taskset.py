@@ -7,6 +7,7 @@ prime-rl, make it the taskset `questions-v1`:
     __all__ = ["Questions"]
 """
 
+from dataclasses import fields
 from typing import Any
 
 import verifiers.v1 as vf
@@ -30,6 +31,7 @@ class QuestionConfig(vf.TaskConfig):
 
     correct: float = 0.85
     format: float = 0.15
+    derivation: float = 0.0
     length: float = 0.0
     length_target: int = 0
 
@@ -39,7 +41,7 @@ class Question(vf.Task[QuestionData, vf.State, QuestionConfig]):
 
     def parts(self, trace: vf.Trace) -> dict[str, float]:
         """`Reward.parts` of the model's reply."""
-        weights = {name: getattr(self.config, name) for name in ("correct", "format", "length", "length_target")}
+        weights = {f.name: getattr(self.config, f.name) for f in fields(RewardConfig)}
         example = Example(self.data.question, self.data.answer, self.data.metadata)
         return Reward(verifier(self.data.task), RewardConfig(**weights)).parts(trace.last_reply, example)
 

@@ -282,6 +282,7 @@ def test_verl_weights_and_errors():
     expected = Reward(load_task("letter_counting", size=1), RewardConfig(**weights))
     got = compute_score(*args, row["extra_info"], **weights)["score"]
     assert got == expected.parts(text, load_task("letter_counting", size=1)[0])["total"] != 1.0
+    assert compute_score(*args, row["extra_info"], derivation=1.0)["derivation"] == 0.0
     for extra in (None, {}, {"metadata": None}, {"metadata": "{"}, math.nan):
         with pytest.raises(ValueError, match="write_verl"):
             compute_score(*args, extra)
@@ -307,10 +308,11 @@ def test_taskset_scores_as_our_reward(name, tmp_path, monkeypatch):
     loaders = pytest.importorskip("verifiers.v1.utils.loaders")
     (tmp_path / "questions_v1.py").write_text('from helpers.taskset import Questions\n__all__ = ["Questions"]\n')
     monkeypatch.syspath_prepend(tmp_path)
-    settings = {"id": "questions-v1", "questions": name, "split": "test", "size": 3, "task": {"length_target": 9}}
+    settings = {"id": "questions-v1", "questions": name, "split": "test", "size": 3}
+    settings["task"] = {"length_target": 9, "derivation": 0.5}
     config = loaders.resolve_env_config({"taskset": settings}).taskset
     taskset = vf.load_taskset(config)
-    reward = Reward(load_task(name, "test", 3), RewardConfig(length_target=9))
+    reward = Reward(load_task(name, "test", 3), RewardConfig(length_target=9, derivation=0.5))
     for question, example in zip(taskset, reward.task, strict=True):
         assert question.data.prompt == example.question and question.data.system_prompt
         for text in replies(reward.task, example)[:-1]:  # the last is no Unicode, which no server sends

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from helpers.prompts import completion
 from helpers.rewards import Reward, RewardConfig, format_reward
-from helpers.tasks import Example, load_task
+from helpers.tasks import TASK_NAMES, Example, load_task
 from helpers.tests.test_prompts import TAGS, tag_soup
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "rewards.jsonl").open()]
@@ -60,10 +60,25 @@ def test_weights_and_length_make_the_total():
         assert (len(text.split()), parts["length"], parts["total"]) == (words, excess, total)
 
 
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_a_derivation_is_paid_only_where_each_step_and_the_answer_are_right(name):
+    task = load_task(name, size=5)
+    reward, plain = Reward(task, RewardConfig(derivation=2.0)), Reward(task)
+    for example, other in zip(task, task[1:], strict=False):
+        thinking = task.thinking(example)
+        texts = [completion(thinking, example.answer), completion(thinking, "?"), completion("", example.answer),
+                 completion(task.thinking(other), example.answer), thinking, ""]  # fmt: skip
+        for text, sound in zip(texts, [1.0, 0.0, 0.0, 0.0, 0.0, 0.0], strict=True):
+            with_it, without = reward.parts(text, example), plain.parts(text, example)
+            assert with_it.pop("derivation") == sound and "derivation" not in without
+            assert with_it.pop("total") == without.pop("total") + 2 * sound and with_it == without
+    assert Reward(task, RewardConfig(derivation=1.0))(texts[:2], example) == [2.0, 0.15]
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"correct": -0.1}, {"format": math.nan}, {"length": math.inf}, {"correct": "1"}, {"length": 0.1},
-     {"length_target": -1}],
+    [{"correct": -0.1}, {"derivation": -1}, {"format": math.nan}, {"length": math.inf}, {"correct": "1"},
+     {"length": 0.1}, {"length_target": -1}],
 )  # fmt: skip
 def test_bad_weights_are_refused_in_one_sentence(wrong):
     with pytest.raises(ValueError, match=r"^[^.]+(\.\d[^.]*)?\.$"):
