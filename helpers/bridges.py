@@ -1,6 +1,7 @@
 """Our questions and our reward in other trainers: TRL with or without vLLM, verl, and prime-rl (`verifiers`)."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import cache
@@ -40,9 +41,12 @@ def trl_config(config: "GRPOConfig", **more: Any):
     rows = -(-config.buffer_size // group) * group  # whole rollouts
     mini = min(config.minibatch_size, rows)
     accumulated = min(config.gradient_accumulation, max(1, rows // mini))
-    uneven = f"({rows} responses a step, {mini} a minibatch, {accumulated} of these an update)"
+    even = math.lcm(group, config.minibatch_size * config.gradient_accumulation)
+    uneven = (f"({rows} responses a step, {mini} a minibatch, {accumulated} of these an update; set buffer_size to "
+              f"{-(-rows // even) * even}, a multiple of {even})")  # fmt: skip
     lacking = {
         "a loop without steps": config.steps == 0,
+        "questions drawn by their answers (leave out stratified)": config.stratified,
         "the population std (set std_ddof to 1)": config.std_ddof == 0,
         "a KL that is measured only (leave out measure_kl, or set beta above 0)": config.measure_kl and not loss.beta,
         f"updates of unequal size {uneven}": rows % (mini * accumulated) != 0,

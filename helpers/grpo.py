@@ -1,8 +1,10 @@
 """GRPO: collect rollouts into a buffer, score them, and move the policy towards what beat its group."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import torch
 from accelerate import Accelerator
@@ -30,12 +32,13 @@ class GRPOConfig:
     A step fills the buffer (buffer_size responses, questions_per_rollout x group_size at a time), then goes through
     it updates_per_buffer times in random minibatches. gradient_accumulation minibatches make one update. Several
     processes share the rollouts of a step and the rows of a minibatch.
-    steps: 0 leaves the loop out. measure_kl logs the KL to the reference model (the policy the loop starts from) even
-    where beta is 0.
+    steps: 0 leaves the loop out. stratified: a step asks as many questions of each true answer, see `questions_of`.
+    measure_kl logs the KL to the reference model (the policy the loop starts from) even where beta is 0.
     """
 
     steps: int = 100
     questions_per_rollout: int = 8
+    stratified: bool = False
     group_size: int = 6
     buffer_size: int = 48
     updates_per_buffer: int = 1
@@ -84,13 +87,23 @@ class Collected:
     experiences: list[Experience]
 
 
-def questions_of(task: Task, number: int, count: int, seed: int) -> list:
-    """The `count` questions of rollout `number`: the task in random order, then again in another."""
+def questions_of(task: Task, number: int, count: int, seed: int, stratified: bool = False) -> list:
+    """The `count` questions of rollout `number`: the task in random order, then again in another.
+
+    stratified: in that order, but in turns one of each true answer, so that a policy which leans to one answer gets no
+    more praise than blame for it.
+    """
     chosen = []
     for place in range(number * count, (number + 1) * count):
         epoch, at = divmod(place, len(task))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        chosen.append(task[torch.randperm(len(task), generator=generator)[at].item()])
+        order = torch.randperm(len(task), generator=generator).tolist()
+        if stratified:
+            with_answer = defaultdict(list)
+            for i in order:
+                with_answer[task[i].answer].append(i)
+            order = [i for turn in zip_longest(*with_answer.values()) for i in turn if i is not None]
+        chosen.append(task[order[at]])
     return chosen
 
 
@@ -104,7 +117,7 @@ def collect(
     seed: int = 0,
 ) -> Collected:
     """Rollout `number`: questions -> G responses each -> rewards -> advantages inside each group -> experiences."""
-    examples = questions_of(task, number, config.questions_per_rollout, seed)
+    examples = questions_of(task, number, config.questions_per_rollout, seed, config.stratified)
     prompts = [encode_prompt(tokenizer, example.question) for example in examples]
     responses = rollout(
         sampler,
@@ -281,7 +294,8 @@ def grpo(
     goes on exactly. sampler_dtype: sample from a copy in this dtype, LoRA merged in; None samples from the policy.
     sampler: sample there instead, a `server.Server` say; it is told the policy's weights before each step.
     An accelerator of several processes: each samples its share of a step's rollouts, all make the same update.
-    ValueError where there are fewer rollouts than processes, or a server to several of them.
+    ValueError where there are fewer rollouts than processes, or a server to several of them, and for `stratified` on
+    a task without `classes`.
     With a run, logs and checkpoints go there. `on_step` is called with each step's metrics. `say` gets the sentences of
     `Watch` and on damaged checkpoints; without it they are printed where there is progress to see.
     Ctrl-C raises `Stopped` after the step, with a checkpoint; a loss or gradient that is no number raises NotFinite.
@@ -301,6 +315,8 @@ def grpo(
         )
     if sampler and processes > 1:
         raise ValueError("A server samples for one process: start without accelerate launch, or without the server.")
+    if config.stratified and not task.classes:
+        raise ValueError(f"{task.name} has no short list of answers: leave out grpo.stratified.")
     optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0)
     policy, optimizer = ready(policy, optimizer, accelerator)
     reference = {k: v.clone() for k, v in trained_weights(policy).items()}  # the policy the loop starts from

@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import math
+import re
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -94,6 +95,7 @@ def test_no_setting_is_forgotten(tmp_path):
     base = replace(OTHER, loss=LossConfig())
     other = {f.name: getattr(OTHER, f.name) for f in fields(GRPOConfig)} | {
         "questions_per_rollout": 3, "buffer_size": 96, "std_ddof": 0, "measure_kl": True, "scale": "none",
+        "stratified": True,
     }  # fmt: skip
     for f in fields(GRPOConfig):
         if f.name != "loss":
@@ -112,6 +114,7 @@ def test_no_setting_is_forgotten(tmp_path):
         ({"std_ddof": 0}, "std_ddof"),
         ({"measure_kl": True}, "measure_kl"),
         ({"steps": 0}, "without steps"),
+        ({"stratified": True}, "leave out stratified"),
         ({"minibatch_size": 20}, "48 responses a step, 20 a minibatch"),
         ({"gradient_accumulation": 2}, "unequal size"),
         ({"loss": LossConfig(correction="token_truncate")}, "use_vllm=True"),
@@ -121,6 +124,18 @@ def test_what_trl_has_no_word_for(changes, word):
     with pytest.raises(ValueError, match="TRL has no word for") as error:
         trl_config(replace(GRPOConfig(), **changes))
     assert word in str(error.value) and str(error.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("settings", [
+    {"buffer_size": 500, "minibatch_size": 16, "gradient_accumulation": 12},  # the article's
+    {"minibatch_size": 20}, {"gradient_accumulation": 2}, {"questions_per_rollout": 5, "minibatch_size": 8},
+])  # fmt: skip
+def test_the_buffer_size_that_the_sentence_names_will_do(settings, tmp_path):
+    config = replace(GRPOConfig(), **settings)
+    with pytest.raises(ValueError, match="set buffer_size to") as error:
+        trl_config(config)
+    size = int(re.search("set buffer_size to ([0-9]+)", str(error.value))[1])
+    assert trl_config(replace(config, buffer_size=size), output_dir=str(tmp_path)).generation_batch_size == size
 
 
 def test_all_that_trl_lacks_is_one_sentence():

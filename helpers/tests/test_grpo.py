@@ -23,7 +23,7 @@ from helpers.pocket import pocket_tokenizer
 from helpers.rewards import Reward
 from helpers.rollout import Response
 from helpers.runs import trained_weights
-from helpers.tasks import Example, Task
+from helpers.tasks import Example, Task, load_task
 from helpers.tests.conftest import no_decoder
 
 torch.set_num_threads(1)
@@ -377,11 +377,11 @@ def test_measuring_the_kl_changes_nothing_else():
 
 
 @settings(deadline=None)
-@given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 3))
-def test_questions_cover_the_task_before_they_repeat(size, count, seed):
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 3), st.booleans())
+def test_questions_cover_the_task_before_they_repeat(size, count, seed, stratified):
     task = StartsEarly.draw("train", size, 0, True)
     rollouts = -(-2 * size // count)
-    drawn = [e.question for number in range(rollouts) for e in questions_of(task, number, count, seed)]
+    drawn = [e.question for number in range(rollouts) for e in questions_of(task, number, count, seed, stratified)]
     everything = sorted(e.question for e in task)
     assert sorted(drawn[:size]) == sorted(drawn[size : 2 * size]) == everything
 
@@ -390,6 +390,22 @@ def test_questions_come_in_another_order_each_time_and_for_each_seed():
     orders = [tuple(e.question for e in questions_of(TASK, n, 12, seed)) for seed in (0, 1) for n in range(3)]
     assert len(set(orders)) == 6
     assert orders[0] == tuple(e.question for e in questions_of(TASK, 0, 12, 0))
+
+
+@pytest.mark.parametrize("name, classes", [("syllogism", 2), ("letter_counting", 3)])
+def test_a_stratified_step_asks_for_each_answer_equally_often(name, classes):
+    task, plain = load_task(name, size=120), []
+    for number in range(120 // 12):
+        counts = Counter(e.answer for e in questions_of(task, number, 12, 5, stratified=True))
+        assert set(counts.values()) == {12 // classes} and len(counts) == classes
+        plain.append(len(set(Counter(e.answer for e in questions_of(task, number, 12, 5)).values())) == 1)
+    assert not all(plain)
+
+
+def test_a_task_without_a_list_of_answers_cannot_be_stratified():
+    task = load_task("propositional_logic", size=4)
+    with pytest.raises(ValueError, match="leave out grpo.stratified"):
+        grpo(tiny_model(), TOKENIZER, task, replace(SMALL, stratified=True), progress=False)
 
 
 def test_the_loop_fills_the_buffer_with_rollouts_that_do_not_repeat(monkeypatch):
