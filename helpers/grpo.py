@@ -90,21 +90,28 @@ class Collected:
 def questions_of(task: Task, number: int, count: int, seed: int, stratified: bool = False) -> list:
     """The `count` questions of rollout `number`: the task in random order, then again in another.
 
-    stratified: in that order, but in turns one of each true answer, so that a policy which leans to one answer gets no
-    more praise than blame for it.
+    stratified: in turns of one question for each true answer, so that a policy which leans to one answer gets no more
+    praise than blame for it.
     """
-    chosen = []
+    chosen, orders = [], {}
     for place in range(number * count, (number + 1) * count):
         epoch, at = divmod(place, len(task))
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(task), generator=generator).tolist()
-        if stratified:
-            with_answer = defaultdict(list)
-            for i in order:
-                with_answer[task[i].answer].append(i)
-            order = [i for turn in zip_longest(*with_answer.values()) for i in turn if i is not None]
-        chosen.append(task[order[at]])
+        if epoch not in orders:
+            orders[epoch] = _order(task, seed * 1_000_003 + epoch, stratified)
+        chosen.append(task[orders[epoch][at]])
     return chosen
+
+
+def _order(task: Task, seed: int, stratified: bool) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(task), generator=generator).tolist()
+    if not stratified:
+        return order
+    with_answer = defaultdict(list)
+    for i in order:
+        with_answer[task[i].answer].append(i)
+    turns = ([i for i in turn if i is not None] for turn in zip_longest(*with_answer.values()))
+    return [turn[k] for turn in turns for k in torch.randperm(len(turn), generator=generator)]
 
 
 def collect(

@@ -394,12 +394,13 @@ def test_questions_come_in_another_order_each_time_and_for_each_seed():
 
 @pytest.mark.parametrize("name, classes", [("syllogism", 2), ("letter_counting", 3)])
 def test_a_stratified_step_asks_for_each_answer_equally_often(name, classes):
-    task, plain = load_task(name, size=120), []
+    task, plain, first = load_task(name, size=120), [], set()
     for number in range(120 // 12):
-        counts = Counter(e.answer for e in questions_of(task, number, 12, 5, stratified=True))
-        assert set(counts.values()) == {12 // classes} and len(counts) == classes
+        drawn = [e.answer for e in questions_of(task, number, 12, 5, stratified=True)]
+        assert set(Counter(drawn).values()) == {12 // classes} and len(set(drawn)) == classes
+        first.add(drawn[0])  # the question whose responses a run keeps as samples
         plain.append(len(set(Counter(e.answer for e in questions_of(task, number, 12, 5)).values())) == 1)
-    assert not all(plain)
+    assert not all(plain) and len(first) == classes
 
 
 def test_a_task_without_a_list_of_answers_cannot_be_stratified():
