@@ -205,6 +205,10 @@ def test_each_fault_is_named_and_nothing_else(fault, tmp_path):
             "smollm2-135m-syllogism-seed0",
             ["stayed flat", "slowed down", "Greedy accuracy fell", "Sampled accuracy"],
         ),
+        (
+            "smollm2-135m-syllogism-derivation-unstratified-fast-seed1",
+            ["stayed flat", "slowed down", "say “no”", "hides", "without an eval"],
+        ),
         ("pocket-letter-counting-seed1", ["slowed down", "right derivations by 1"]),
         ("smollm2-135m-propositional-gpu-seed1", ["slowed down", "right derivations by 8", "only join letters"]),
     ],
