@@ -87,6 +87,12 @@ class Collected:
     experiences: list[Experience]
 
 
+def check_fits(config: GRPOConfig, task: Task) -> None:
+    """Raise ValueError, in one sentence, for what a task cannot have: `stratified` where it lists no answers."""
+    if config.stratified and not task.classes:
+        raise ValueError(f"{task.name} has no short list of answers: leave out grpo.stratified.")
+
+
 def questions_of(task: Task, number: int, count: int, seed: int, stratified: bool = False) -> list:
     """The `count` questions of rollout `number`: the task in random order, then again in another.
 
@@ -322,8 +328,7 @@ def grpo(
         )
     if sampler and processes > 1:
         raise ValueError("A server samples for one process: start without accelerate launch, or without the server.")
-    if config.stratified and not task.classes:
-        raise ValueError(f"{task.name} has no short list of answers: leave out grpo.stratified.")
+    check_fits(config, task)
     optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0)
     policy, optimizer = ready(policy, optimizer, accelerator)
     reference = {k: v.clone() for k, v in trained_weights(policy).items()}  # the policy the loop starts from

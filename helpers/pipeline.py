@@ -12,7 +12,7 @@ from tqdm import tqdm
 from helpers.datagen import load_traces
 from helpers.decoder import sampling_copy
 from helpers.evaluate import evaluate, mcnemar, report
-from helpers.grpo import grpo
+from helpers.grpo import check_fits, grpo
 from helpers.models import add_lora, default_device, halve_frozen, load_model, save_adapter
 from helpers.recipes import Recipe, build
 from helpers.rewards import Reward
@@ -80,6 +80,7 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, say=tqdm.write,
     if recipe.sft.traces_file:
         written, traces = load_traces(recipe.sft.traces_file, traces)
     task = load_task(recipe.task, "train", recipe.train_size, seed=recipe.seed + 1000, balanced=recipe.balanced)
+    check_fits(recipe.grpo, task)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=default_device() == "cpu",
                               log_with=recipe.tracker, project_dir=str(out))  # fmt: skip
     first = accelerator.is_main_process

@@ -150,11 +150,12 @@ def test_every_seed_is_asked_the_same_held_out_questions_none_of_them_trained_on
         ("sft.traces=1000000", "letter_counting offers .* such train questions; ask for up to that many"),
         ("train_size=1000000", "letter_counting offers .* such train questions"),
         ("evaluation.size=1000000", "letter_counting offers .* such test questions"),
+        ("task=propositional_logic grpo.stratified=true", "leave out grpo.stratified"),
     ],
 )
 def test_a_recipe_that_cannot_run_leaves_no_folder(tmp_path, setting, sentence):
     with pytest.raises(ValueError, match=sentence):
-        train(load_recipe("pocket", [setting]), tmp_path / "run", **SILENT)
+        train(load_recipe("pocket", setting.split()), tmp_path / "run", **SILENT)
     assert not (tmp_path / "run").exists()
 
 
