@@ -20,7 +20,7 @@ CELL_ID = "colab"
 BADGE = """[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]\
 (https://colab.research.google.com/github/{repository}/blob/{branch}/notebooks/{name})"""
 _ANY_BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)\n\n")
-CELL = '''\
+CELL = """\
 # On Colab this cell fetches the project, as it was when this notebook was stored. Elsewhere it does nothing.
 import os
 import subprocess
@@ -43,7 +43,7 @@ if "google.colab" in sys.modules and not os.path.isdir("../helpers"):
     os.chdir(f"{{folder}}/notebooks")
     sys.path.insert(0, folder)
     from helpers.colab import set_up
-    set_up(VERSION)'''
+    set_up(VERSION)"""
 
 
 # --- in the notebooks ---

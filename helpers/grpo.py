@@ -272,12 +272,13 @@ def summarise(collected: list[Collected]) -> dict[str, float]:
     parts = [part for c in collected for group in c.parts for part in group]
     responses = [r for c in collected for group in c.responses for r in group]
     tokens = sum(len(r.token_ids) for r in responses)
+    process = [key for key in ("derivation", "steps") if key in parts[0]]
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std().item(),
         "accuracy": sum(p["correct"] for p in parts) / len(parts),
         "format_rate": sum(p["format"] for p in parts) / len(parts),
-        **({"derivation_rate": sum(p["derivation"] for p in parts) / len(parts)} if "derivation" in parts[0] else {}),
+        **{f"{key}_rate": sum(p[key] for p in parts) / len(parts) for key in process},
         "no_signal": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
         "length": tokens / len(responses),
         "unfinished": sum(not r.finished for r in responses) / len(responses),

@@ -20,10 +20,12 @@ def format_reward(completion: str) -> float:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The weights in total = correct * [right] + format * [well formed] + derivation * [sound] - length * excess.
+    """The weights in total =
+    correct * [right] + format * [well formed] + derivation * [sound] + steps * share - length * excess.
 
     sound: every step of the thinking is right and leads to the answer, as the task's `check_thinking` says: a process
     reward beside the outcome's (Lightman et al., arXiv 2305.20050, with a program in place of their reward model).
+    share: of the steps, those that are right before the first mistake (`right_steps`): pay for getting further.
     excess = min(1, max(0, words / length_target - 1)): 0 up to `length_target` words, then a straight line
     to 1 at twice as many, the shape of DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13).
     ValueError for a negative or infinite number and for a `length` without a `length_target`.
@@ -32,6 +34,7 @@ class RewardConfig:
     correct: float = 0.85
     format: float = 0.15
     derivation: float = 0.0
+    steps: float = 0.0
     length: float = 0.0
     length_target: int = 0  # words of a whole completion
 
@@ -58,7 +61,8 @@ class Reward:
     def parts(self, completion: str, example: Example) -> dict[str, float]:
         """correct and format in {0, 1}, length (the excess) in [0, 1], and the total they make.
 
-        derivation, in {0, 1}, is there where it has a weight: checking each step takes time and the example's metadata.
+        derivation, in {0, 1}, and steps, in [0, 1], are there where one of them has a weight: checking each step takes
+        time and the example's metadata.
         """
         weights = self.config
         answer = extract_answer(completion)
@@ -68,10 +72,11 @@ class Reward:
         excess = min(1.0, max(0.0, len(completion.split()) / target - 1)) if target else 0.0
         total = weights.correct * correct + weights.format * well_formed - weights.length * excess
         parts = {"correct": correct, "format": well_formed, "length": excess}
-        if weights.derivation:
-            sound = float(self.task.check_thinking(extract_thinking(completion), example, answer))
-            parts["derivation"] = sound
-            total += weights.derivation * sound
+        if weights.derivation or weights.steps:
+            share = self.task.right_steps(extract_thinking(completion), example, answer)
+            sound = float(share == 1.0)
+            parts |= {"derivation": sound, "steps": share}
+            total += weights.derivation * sound + weights.steps * share
         return {**parts, "total": total}
 
     def __call__(

@@ -84,6 +84,19 @@ class Task(Sequence[Example]):
         With the `answer` given beside it, that must be the one it leads to. Never raises on any text.
         """
 
+    def right_steps(self, text: str | None, example: Example, answer: str | None = None) -> float:
+        """The share of the steps that are right before the first mistake, the answer being the last of them.
+
+        1.0 where `check_thinking` holds, else less. A task whose derivations have no given number of steps knows
+        only 1.0 and 0.0. Never raises on any text.
+        """
+        return float(self.check_thinking(text, example, answer))
+
+    def _with_answer(self, steps: tuple[int, int], example: Example, answer: str | None) -> float:
+        right, all_steps = steps
+        reached = right == all_steps and (answer is None or self.score(answer, example) == 1.0)
+        return (right + reached) / (all_steps + 1)
+
     def constant_baseline(self) -> Baseline:
         """The most frequent true answer and its share."""
         answer, count = Counter(example.answer for example in self).most_common(1)[0]
@@ -157,9 +170,12 @@ class Syllogism(Task):
         return teacher.syllogism_derivation(m["premise1"], m["premise2"], m["conclusion"])
 
     def check_thinking(self, text: str | None, example: Example, answer: str | None = None) -> bool:
+        return self.right_steps(text, example, answer) == 1.0
+
+    def right_steps(self, text: str | None, example: Example, answer: str | None = None) -> float:
         m = example.metadata
-        right = teacher.check_syllogism_derivation(text or "", m["premise1"], m["premise2"], m["conclusion"])
-        return right and (answer is None or self.score(answer, example) == 1.0)
+        steps = teacher.syllogism_steps(text or "", m["premise1"], m["premise2"], m["conclusion"])
+        return self._with_answer(steps, example, answer)
 
 
 class PropositionalLogic(Task):
@@ -283,9 +299,11 @@ class LetterCounting(Task):
         return teacher.letter_derivation(example.metadata["word"], example.metadata["letter"])
 
     def check_thinking(self, text: str | None, example: Example, answer: str | None = None) -> bool:
-        m = example.metadata
-        right = teacher.check_letter_derivation(text or "", m["word"], m["letter"])
-        return right and (answer is None or self.score(answer, example) == 1.0)
+        return self.right_steps(text, example, answer) == 1.0
+
+    def right_steps(self, text: str | None, example: Example, answer: str | None = None) -> float:
+        steps = teacher.letter_steps(text or "", example.metadata["word"], example.metadata["letter"])
+        return self._with_answer(steps, example, answer)
 
 
 class _Pairs(NamedTuple):

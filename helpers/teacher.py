@@ -1,9 +1,10 @@
 """The offline teacher: derivations whose every step can be read off what stands before it, and their checkers."""
 
+import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from itertools import permutations
+from itertools import permutations, takewhile
 
 from helpers.logic import (
     Formula,
@@ -33,6 +34,18 @@ def letter_derivation(word: str, letter: str) -> str:
 def check_letter_derivation(text: str, word: str, letter: str) -> bool:
     """True when `text` spells `word` and every running count is right, however it is spaced."""
     return _tokens(text) == _tokens(letter_derivation(word, letter))
+
+
+def letter_steps(text: str, word: str, letter: str) -> tuple[int, int]:
+    """(letters told and counted right before the first mistake, letters of the word); equal only if all is right."""
+    said, right = _tokens(text), _tokens(letter_derivation(word, letter))
+    steps = len(right) // 3  # "s = 0" is one
+    return (steps if said == right else min(_agreeing(said, right) // 3, steps - 1)), steps
+
+
+def _agreeing(said: Sequence[str], right: Sequence[str], same: Callable[[str, str], bool] = operator.eq) -> int:
+    """How many parts agree before the first that does not."""
+    return sum(1 for _ in takewhile(bool, map(same, said, right)))
 
 
 def _tokens(text: str) -> list[str]:
@@ -82,8 +95,15 @@ def syllogism_derivation(premise1: str, premise2: str, claim: str) -> str:
 
 def check_syllogism_derivation(text: str, premise1: str, premise2: str, claim: str) -> bool:
     """True when each step of `text` means what the teacher's does: "Some C are A" may be "Some A are C"."""
-    steps, right = (" ".join(_tokens(t)).split(" .") for t in (text, syllogism_derivation(premise1, premise2, claim)))
-    return len(steps) == len(right) and all(map(_same_step, steps, right))
+    right, steps = syllogism_steps(text, premise1, premise2, claim)
+    return right == steps
+
+
+def syllogism_steps(text: str, premise1: str, premise2: str, claim: str) -> tuple[int, int]:
+    """(steps right before the first mistake, steps of the derivation); equal only if all of `text` is right."""
+    said, right = (" ".join(_tokens(t)).split(" .") for t in (text, syllogism_derivation(premise1, premise2, claim)))
+    agreeing, steps = _agreeing(said, right, _same_step), len(right) - 1  # after the last full stop stands nothing
+    return (steps if len(said) == len(right) == agreeing else min(agreeing, steps - 1)), steps
 
 
 def _same_step(step: str, right: str) -> bool:

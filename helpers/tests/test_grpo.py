@@ -473,9 +473,9 @@ def test_a_summary_checked_by_hand():
         "reward": 0.325, "reward_std": rewards.std().item(), "accuracy": 0.25, "format_rate": 0.75,
         "no_signal": 0.5, "length": 3.0, "unfinished": 0.25, "entropy": 0.5,
     })  # fmt: skip
-    sound = [[{**part, "derivation": part["correct"]} for part in group] for group in parts]
+    sound = [[{**part, "derivation": part["correct"], "steps": 0.5} for part in group] for group in parts]
     summary = summarise([Collected([], responses, [], sound, rewards, [])])
-    assert summary["derivation_rate"] == 0.25
+    assert (summary["derivation_rate"], summary["steps_rate"]) == (0.25, 0.5)
 
 
 def test_the_entropy_is_that_of_the_sampling_distribution():

@@ -70,9 +70,23 @@ def test_a_derivation_is_paid_only_where_each_step_and_the_answer_are_right(name
                  completion(task.thinking(other), example.answer), thinking, ""]  # fmt: skip
         for text, sound in zip(texts, [1.0, 0.0, 0.0, 0.0, 0.0, 0.0], strict=True):
             with_it, without = reward.parts(text, example), plain.parts(text, example)
-            assert with_it.pop("derivation") == sound and "derivation" not in without
+            assert with_it.pop("derivation") == sound and not {"derivation", "steps"} & without.keys()
+            assert (with_it.pop("steps") == 1.0) == (sound == 1.0)
             assert with_it.pop("total") == without.pop("total") + 2 * sound and with_it == without
     assert Reward(task, RewardConfig(derivation=1.0))(texts[:2], example) == [2.0, 0.15]
+
+
+def test_a_step_is_paid_as_long_as_no_mistake_stands_before_it():
+    example = load_task("syllogism", size=1)[0]
+    *steps, verdict = (f"{step}." for step in TASK.thinking(example).rstrip(".").split(". "))
+    reward = Reward(TASK, RewardConfig(correct=0.0, format=0.0, steps=7.0))  # six steps and the answer
+    other = "It follows." if verdict == "It does not follow." else "It does not follow."
+    ends = [(steps[:k] + ["A = B."] + steps[k + 1 :] + [verdict], k) for k in range(len(steps))]
+    for said, right in [*ends, (steps + [other], 5), (steps, 5), (steps + [verdict, "Done."], 5), ([""], 0)]:
+        parts = reward.parts(completion(" ".join(said), example.answer), example)
+        assert parts["total"] == pytest.approx(right) and parts["derivation"] == 0.0, said
+    right = " ".join([*steps, verdict])
+    assert reward([completion(right, example.answer), completion(right, "?")], example) == [7.0, 6.0]
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,22 @@ def test_the_teacher_is_right_and_reads_back(name):
 
 
 @pytest.mark.parametrize("name", TASK_NAMES)
+def test_all_steps_are_right_only_where_the_derivation_is(name):
+    task = load_task(name, "train", 50, seed=3)
+    for e, other in zip(task, task[1:], strict=False):
+        thinking = task.thinking(e)
+        cut = [thinking[: len(thinking) * i // 9] for i in range(10)]
+        shares = [task.right_steps(text, e, e.answer) for text in cut]
+        assert shares == sorted(shares) and shares[-1] == 1.0  # the further, the more
+        for text in (*cut, task.thinking(other), thinking + " " + thinking, "", None):
+            for answer in (e.answer, "Perhaps", None):
+                share = task.right_steps(text, e, answer)
+                assert 0.0 <= share <= 1.0 and (share == 1.0) == task.check_thinking(text, e, answer)
+    if name != "propositional_logic":  # whose derivations have any number of steps
+        assert 0.0 < shares[5] < 1.0 and 0.5 < task.right_steps(thinking, e, "Perhaps") < 1.0
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
 def test_a_derivation_of_another_question_is_wrong(name):
     task = TASKS[name]
     for e, other in zip(task[:-1], task[1:], strict=True):
