@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 LOGPROBS = ("old_logprobs", "reference_logprobs", "sampler_logprobs")  # of an experience and of a batch
+PER_TOKEN = (*LOGPROBS, "token_advantages")  # of an experience
 
 
 @dataclass(frozen=True)
 class Experience:
-    """One response and what was learned of it. The log-probs, in nats: (T,), or None where nothing needs them."""
+    """One response and what was learned of it. The log-probs, in nats: (T,), or None where nothing needs them.
+
+    token_advantages: (T,), where the advantage differs within the response; they then stand in for `advantage`.
+    """
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -19,9 +23,10 @@ class Experience:
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
     sampler_logprobs: Tensor | None = None
+    token_advantages: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in LOGPROBS:
+        for name in PER_TOKEN:
             values = getattr(self, name)
             if values is not None and values.shape != (len(self.response_ids),):
                 raise ValueError(
@@ -32,12 +37,18 @@ class Experience:
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
 
+    @property
+    def has_signal(self) -> bool:
+        """Whether an advantage in it is not 0."""
+        return self.advantage != 0 if self.token_advantages is None else bool(self.token_advantages.any())
+
 
 @dataclass(frozen=True)
 class Batch:
     """Experiences side by side: prompt, response, then padding on the right.
 
-    input_ids: (B, L); prompt_lengths, advantages: (B,); mask: (B, T), True for response tokens;
+    input_ids: (B, L); prompt_lengths: (B,); mask: (B, T), True for response tokens; advantages: (B,), or (B, T)
+    where they differ within a response;
     old_logprobs, reference_logprobs, sampler_logprobs: (B, T) with 0 in the padding, or None.
     """
 
@@ -62,7 +73,7 @@ def pad(rows: Sequence[Tensor], value: float = 0) -> Tensor:
 def collate(experiences: Sequence[Experience], pad_id: int = 0) -> Batch:
     """Put padding back, just as much as this minibatch needs. `pad_id` may be any token: nothing ever reads it.
 
-    Raises ValueError for no experiences, and where some have log-probs and others have none.
+    Raises ValueError for no experiences, and where some have log-probs, or advantages of tokens, and others have none.
     """
     if not experiences:
         raise ValueError("A minibatch needs 1 experience or more.")
@@ -74,11 +85,12 @@ def collate(experiences: Sequence[Experience], pad_id: int = 0) -> Batch:
             raise ValueError(f"Give all experiences of a minibatch {name}, or none of them.")
         return None if values[0] is None else pad(values)
 
+    by_token = column("token_advantages")
     return Batch(
         input_ids=pad([torch.tensor(e.prompt_ids + e.response_ids) for e in experiences], pad_id),
         prompt_lengths=torch.tensor([len(e.prompt_ids) for e in experiences]),
         mask=torch.arange(max(responses)) < torch.tensor(responses)[:, None],
-        advantages=torch.tensor([e.advantage for e in experiences]),
+        advantages=torch.tensor([e.advantage for e in experiences]) if by_token is None else by_token,
         **{name: column(name) for name in LOGPROBS},
     )
 

@@ -1,6 +1,7 @@
 """GRPO: collect rollouts into a buffer, score them, and move the policy towards what beat its group."""
 
 import time
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,13 +17,16 @@ from helpers.buffer import Buffer, Experience, collate
 from helpers.decoder import Decoder, sampling_copy
 from helpers.hygiene import NotFinite, StopAfterStep, Watch, check_finite
 from helpers.logprobs import completion_logprobs
-from helpers.losses import LossConfig, group_advantages, policy_loss
+from helpers.losses import LossConfig, group_advantages, policy_loss, step_advantages
 from helpers.models import bare
+from helpers.names import unknown
 from helpers.processes import add_gradients, gathered, in_any, ready, share
 from helpers.rewards import Reward
 from helpers.rollout import RemoteSampler, Response, encode_prompt, end_token_ids, rollout
 from helpers.runs import Run, progress_bar, restore_weights, trained_weights
-from helpers.tasks import Task
+from helpers.tasks import Example, Task
+
+CREDITS = ("response", "step")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class GRPOConfig:
     it updates_per_buffer times in random minibatches. gradient_accumulation minibatches make one update. Several
     processes share the rollouts of a step and the rows of a minibatch.
     steps: 0 leaves the loop out. stratified: a step asks as many questions of each true answer, see `questions_of`.
+    credit: "response" gives all tokens of a response the advantage of its reward; "step" gives the tokens of each step
+    of its thinking an advantage of their own, see `step_advantages`, in which the reward has no part.
     measure_kl logs the KL to the reference model (the policy the loop starts from) even where beta is 0.
     """
 
@@ -48,6 +54,7 @@ class GRPOConfig:
     temperature: float = 0.7
     top_p: float = 0.95
     max_new_tokens: int = 300
+    credit: str = "response"
     scale: str = "group"
     std_ddof: int = 1
     loss: LossConfig = field(default_factory=LossConfig)
@@ -68,6 +75,10 @@ class GRPOConfig:
         if not (self.temperature > 0 and 0 < self.top_p <= 1 and self.learning_rate > 0 and self.max_grad_norm > 0):
             raise ValueError("grpo needs temperature, learning_rate and max_grad_norm above 0, and 0 < top_p <= 1.")
         group_advantages(torch.zeros(1, 2), scale=self.scale, std_ddof=self.std_ddof)  # says what is wrong with these
+        if self.credit not in CREDITS:
+            raise ValueError(unknown("grpo.credit", self.credit, CREDITS))
+        if self.credit == "step" and (self.scale == "batch" or self.loss.importance == "sequence"):
+            raise ValueError("grpo.credit=step needs a scale of group or none, and an importance of token.")
 
     @property
     def every_row(self) -> bool:
@@ -86,11 +97,23 @@ class Collected:
     rewards: torch.Tensor
     experiences: list[Experience]
 
+    @property
+    def signals(self) -> list[list[bool]]:
+        """Which responses have an advantage that is not 0, a list a question."""
+        size = self.rewards.shape[1]
+        each = [e.has_signal for e in self.experiences]
+        return [each[at : at + size] for at in range(0, len(each), size)]
+
 
 def check_fits(config: GRPOConfig, task: Task) -> None:
-    """Raise ValueError, in one sentence, for what a task cannot have: `stratified` where it lists no answers."""
+    """Raise ValueError, in one sentence, for what a task cannot have.
+
+    That is `stratified` where it lists no answers, and `credit` by the step where its derivations have no given steps.
+    """
     if config.stratified and not task.classes:
         raise ValueError(f"{task.name} has no short list of answers: leave out grpo.stratified.")
+    if config.credit == "step" and not task.stepwise:
+        raise ValueError(f"{task.name}'s derivations have no given steps: leave out grpo.credit.")
 
 
 def questions_of(task: Task, number: int, count: int, seed: int, stratified: bool = False) -> list:
@@ -151,10 +174,37 @@ def collect(
         for prompt, group, row in zip(prompts, responses, advantages.tolist(), strict=True)
         for response, advantage in zip(group, row, strict=True)
     ]
+    if config.credit == "step":
+        groups = zip(responses, texts, examples, strict=True)
+        by_token = [row for g, some, e in groups for row in by_step(g, some, e, reward, tokenizer, config)]
+        experiences = [replace(e, token_advantages=row) for e, row in zip(experiences, by_token, strict=True)]
     if config.loss.correction:
         told = [torch.tensor(response.logprobs) for group in responses for response in group]
         experiences = [replace(e, sampler_logprobs=x) for e, x in zip(experiences, told, strict=True)]
     return Collected(examples, responses, texts, parts, rewards, experiences)
+
+
+def by_step(
+    group: list[Response],
+    texts: list[str],
+    example: Example,
+    reward: Reward,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GRPOConfig,
+) -> list[torch.Tensor]:
+    """The advantages of each response's tokens, (T_i,) each, in one group: each token has its step's.
+
+    A token belongs to the step in which it ends. What comes after the first mistake has 0: it cannot be right any more.
+    """
+    steps = [reward.steps(text, example) for text in texts]
+    right = [[float(is_right) for _, is_right in some] for some in steps]
+    advantages = step_advantages(right, scale=config.scale, std_ddof=config.std_ddof)
+    found = []
+    for response, some, values in zip(group, steps, advantages, strict=True):
+        ids, ends, row = response.token_ids, [end for end, _ in some], [*values, 0.0]
+        reach = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) for i in range(len(ids))]
+        found.append(torch.tensor([row[bisect_left(ends, end)] for end in reach]))
+    return found
 
 
 def score(
@@ -218,7 +268,7 @@ def learn(
                 counted = tokens
                 if config.loss.loss_type == "bnpo":  # this minibatch's own tokens, then a mean over minibatches
                     counted = len(minis) * sum(len(e.response_ids) for e in mini)
-                mini = share([e for e in mini if config.every_row or e.advantage != 0], accelerator)
+                mini = share([e for e in mini if config.every_row or e.has_signal], accelerator)
                 if not mini:
                     continue
                 b = collate(mini).to(accelerator.device)
@@ -272,6 +322,7 @@ def summarise(collected: list[Collected]) -> dict[str, float]:
     parts = [part for c in collected for group in c.parts for part in group]
     responses = [r for c in collected for group in c.responses for r in group]
     tokens = sum(len(r.token_ids) for r in responses)
+    signals = [signal for c in collected for signal in c.signals]
     process = [key for key in ("derivation", "steps") if key in parts[0]]
     return {
         "reward": rewards.mean().item(),
@@ -279,7 +330,7 @@ def summarise(collected: list[Collected]) -> dict[str, float]:
         "accuracy": sum(p["correct"] for p in parts) / len(parts),
         "format_rate": sum(p["format"] for p in parts) / len(parts),
         **{f"{key}_rate": sum(p[key] for p in parts) / len(parts) for key in process},
-        "no_signal": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
+        "no_signal": 1 - sum(map(any, signals)) / len(signals),
         "length": tokens / len(responses),
         "unfinished": sum(not r.finished for r in responses) / len(responses),
         "entropy": -sum(sum(r.logprobs) for r in responses) / tokens,
@@ -356,7 +407,7 @@ def grpo(
             first = agreement(policy, collected[0], config, accelerator) if step == done else {}
             policy.train()
             if not on_policy:
-                used = [i for i, e in enumerate(buffer.experiences) if config.every_row or e.advantage != 0]
+                used = [i for i, e in enumerate(buffer.experiences) if config.every_row or e.has_signal]
                 old = score(policy, [buffer.experiences[i] for i in used], config, accelerator)
                 for i, logprobs in zip(used, old, strict=True):
                     buffer.experiences[i] = replace(buffer.experiences[i], old_logprobs=logprobs)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from helpers.buffer import LOGPROBS, Experience
+from helpers.buffer import PER_TOKEN, Experience
 
 
 class Stopped(KeyboardInterrupt):
@@ -81,7 +81,7 @@ def save_responses(folder: Path, experiences: Sequence[Experience], tokenizer: P
     records, tensors = [], {}
     for number, experience in enumerate(experiences):
         record = {"text": tokenizer.decode(experience.response_ids), **vars(experience)}
-        for name in LOGPROBS:
+        for name in PER_TOKEN:
             values = record.pop(name)
             if values is not None:
                 tensors[f"{name}.{number}"] = values.detach().cpu().contiguous()

@@ -5,6 +5,7 @@ A completion mask is True (or 1) on a completion's own tokens, its end-of-text t
 Log-probs are natural logarithms, at the temperature the completions were sampled with.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,29 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", std_ddof: int = 1
         advantages = advantages / (rewards.std(dim=1, correction=std_ddof, keepdim=True) + eps)
     elif scale == "batch":
         advantages = advantages / (rewards.std(correction=std_ddof) + eps)
+    return advantages
+
+
+def step_advantages(
+    right: Sequence[Sequence[float]], *, scale: str = "group", std_ddof: int = 1, eps: float = 1e-4
+) -> list[list[float]]:
+    """A group's advantages step by step: at each step, of the completions that got so far, who goes on rightly?
+
+    right: for each completion of one question the reward of its steps, 1 or 0, up to its first mistake: 1, 1, 0.
+    Returns the same lists with advantages in them: `group_advantages` of each step over the completions that reach
+    it, 0 where one alone does. scale: "group" or "none". Raises ValueError for another scale.
+    Source: process supervision (DeepSeekMath, arXiv 2402.03300, section 4.1.3), with the completions that are at the
+    same step, instead of all steps alike, as the baseline; compare VinePPO (arXiv 2410.01679).
+    """
+    _check_choice("scale", scale, ("group", "none"))
+    advantages: list[list[float]] = [[0.0] * len(steps) for steps in right]
+    for step in range(max(map(len, right), default=0)):
+        here = [i for i, steps in enumerate(right) if len(steps) > step]
+        if len(here) > 1:
+            rewards = torch.tensor([[float(right[i][step]) for i in here]])
+            found = group_advantages(rewards, scale=scale, std_ddof=std_ddof, eps=eps)[0].tolist()
+            for i, advantage in zip(here, found, strict=True):
+                advantages[i][step] = advantage
     return advantages
 
 
@@ -233,7 +257,8 @@ def policy_loss(
 
     new, old, reference, sampler: (B, T) log-probs under the policy, the policy before this buffer's updates, the
     reference model, and as the sampler itself gave them, which only `correction` reads.
-    advantages: (B,). mask, token_entropy (from `entropy`): (B, T). Padding may hold anything, NaN included.
+    advantages: (B,), or (B, T) where they differ within a row. mask, token_entropy (from `entropy`): (B, T).
+    Padding may hold anything, NaN included.
     rows, tokens, max_length: see `aggregate`. The entropy bonus is a mean over `tokens` for every loss type.
     Rows with A = 0 may be left out only while beta and entropy_coefficient are 0: those act on them too.
 
@@ -243,7 +268,7 @@ def policy_loss(
     "correction", the mean of `sampler_weights`, if they are used,
     "kl" if there is a reference and "entropy" if there is a token_entropy, over the mask's tokens.
     Raises ValueError if shapes differ, beta lacks a reference, entropy_coefficient a token_entropy or correction a
-    sampler.
+    sampler, and for advantages of tokens beside a ratio of whole rows.
     Source: TRL 1.16's `GRPOTrainer._compute_loss`.
     """
     if config.beta > 0 and reference is None:
@@ -256,10 +281,14 @@ def policy_loss(
     for name, tensor in others.items():
         if tensor is not None and tensor.shape != new.shape:
             raise ValueError(f"{name} must have new's shape {tuple(new.shape)}, not {tuple(tensor.shape)}.")
-    if advantages.shape != new.shape[:1]:
-        raise ValueError(f"advantages must have shape ({len(new)},), not {tuple(advantages.shape)}.")
+    if advantages.shape not in (new.shape[:1], new.shape):
+        shapes = f"({len(new)},) or {tuple(new.shape)}"
+        raise ValueError(f"advantages must have shape {shapes}, not {tuple(advantages.shape)}.")
+    if advantages.dim() == 2 and config.importance == "sequence":
+        raise ValueError("importance is sequence, one ratio a row: give each row one advantage, or set it to token.")
 
     mask = mask.bool()
+    advantages = advantages if advantages.dim() == 1 else advantages.masked_fill(~mask, 0.0)
     new = new.masked_fill(~mask, 0.0)  # before anything is computed: a NaN times a gradient of 0 is still NaN
     ratio = importance_ratio(new, old, mask, config.importance)
     if config.loss_type == "cispo":
@@ -293,8 +322,8 @@ def _ratio_stats(ratio: Tensor, advantages: Tensor, mask: Tensor, config: LossCo
         lowest, highest = 0.0, config.epsilon_high  # a cap, no floor
     else:
         lowest, highest = 1 - config.epsilon_low, 1 + config.epsilon_high
-    low = (ratio < lowest) & (advantages < 0).unsqueeze(1)
-    high = (ratio > highest) & (advantages > 0).unsqueeze(1)
+    low = (ratio < lowest) & _as_column(advantages < 0)
+    high = (ratio > highest) & _as_column(advantages > 0)
     # A row's ratio counts once, as in TRL; unlike there, not if the row has no tokens.
     counted = mask if config.importance == "token" else mask.any(dim=1, keepdim=True)
     seen = ratio[counted] if counted.any() else ratio.new_ones(1)

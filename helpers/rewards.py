@@ -79,6 +79,24 @@ class Reward:
             total += weights.derivation * sound + weights.steps * share
         return {**parts, "total": total}
 
+    def steps(self, completion: str, example: Example) -> list[tuple[int, bool]]:
+        """(where it ends, in characters; is it right) for each step up to the first mistake, the answer the last one.
+
+        The first step begins with the completion. The answer is right if it is in the asked format, too. A mistake
+        in what is the last step of the thinking reaches to the end, since the answer only repeats it.
+        """
+        thinking = extract_thinking(completion)
+        if thinking is None:
+            return [(len(completion), False)]
+        begin = completion.index("<think>") + len("<think>")
+        begin += len(completion[begin:]) - len(completion[begin:].lstrip())
+        ends, right, steps = self.task.read_steps(thinking, example)
+        found = [(begin + end, True) for end in ends[:right]]
+        if right < min(len(ends), steps - 1):
+            return [*found, (begin + ends[right], False)]
+        answer = self.task.score(extract_answer(completion), example) * format_reward(completion)
+        return [*found, (len(completion), right == steps and answer == 1.0)]
+
     def __call__(
         self,
         completions: Sequence[str] | Sequence[Sequence[Mapping[str, str]]],

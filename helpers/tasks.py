@@ -44,10 +44,12 @@ class Baseline(NamedTuple):
 class Task(Sequence[Example]):
     """The questions of one split, and how answers and derivations are checked.
 
-    `classes` lists the possible true answers, () where they are too many to list.
+    `classes` lists the possible true answers, () where they are too many to list. `stepwise`: whether a question
+    has one derivation, whose steps `read_steps` tells apart.
     """
 
     name: ClassVar[str]
+    stepwise: ClassVar[bool] = False
 
     def __init__(self, examples: Sequence[Example], split: str, classes: tuple[str, ...]) -> None:
         self.split, self.classes, self._examples = split, classes, tuple(examples)
@@ -87,15 +89,21 @@ class Task(Sequence[Example]):
     def right_steps(self, text: str | None, example: Example, answer: str | None = None) -> float:
         """The share of the steps that are right before the first mistake, the answer being the last of them.
 
-        1.0 where `check_thinking` holds, else less. A task whose derivations have no given number of steps knows
-        only 1.0 and 0.0. Never raises on any text.
+        1.0 where `check_thinking` holds, else less; a task that is not `stepwise` knows only 1.0 and 0.0. Never raises
+        on any text.
         """
-        return float(self.check_thinking(text, example, answer))
+        if not self.stepwise:
+            return float(self.check_thinking(text, example, answer))
+        _, right, steps = self.read_steps(text or "", example)
+        reached = right == steps and (answer is None or self.score(answer, example) == 1.0)
+        return (right + reached) / (steps + 1)
 
-    def _with_answer(self, steps: tuple[int, int], example: Example, answer: str | None) -> float:
-        right, all_steps = steps
-        reached = right == all_steps and (answer is None or self.score(answer, example) == 1.0)
-        return (right + reached) / (all_steps + 1)
+    def read_steps(self, text: str, example: Example) -> tuple[list[int], int, int]:
+        """Where each step of `text` ends, how many are right before the first mistake, and how many there should be.
+
+        The last two are equal only if all of `text` is right. NotImplementedError unless the task is `stepwise`.
+        """
+        raise NotImplementedError(f"{self.name}'s derivations have no given steps.")
 
     def constant_baseline(self) -> Baseline:
         """The most frequent true answer and its share."""
@@ -130,6 +138,7 @@ class Syllogism(Task):
     """
 
     name = "syllogism"
+    stepwise = True
 
     @classmethod
     def draw(cls, split: str, size: int, seed: int, balanced: bool) -> "Syllogism":
@@ -172,10 +181,10 @@ class Syllogism(Task):
     def check_thinking(self, text: str | None, example: Example, answer: str | None = None) -> bool:
         return self.right_steps(text, example, answer) == 1.0
 
-    def right_steps(self, text: str | None, example: Example, answer: str | None = None) -> float:
+    def read_steps(self, text: str, example: Example) -> tuple[list[int], int, int]:
         m = example.metadata
-        steps = teacher.syllogism_steps(text or "", m["premise1"], m["premise2"], m["conclusion"])
-        return self._with_answer(steps, example, answer)
+        steps = teacher.syllogism_steps(text, m["premise1"], m["premise2"], m["conclusion"])
+        return [stop.end() for stop in re.finditer(r"\.", text)], *steps
 
 
 class PropositionalLogic(Task):
@@ -265,6 +274,7 @@ class LetterCounting(Task):
     """
 
     name = "letter_counting"
+    stepwise = True
 
     @classmethod
     def draw(cls, split: str, size: int, seed: int, balanced: bool) -> "LetterCounting":
@@ -301,9 +311,9 @@ class LetterCounting(Task):
     def check_thinking(self, text: str | None, example: Example, answer: str | None = None) -> bool:
         return self.right_steps(text, example, answer) == 1.0
 
-    def right_steps(self, text: str | None, example: Example, answer: str | None = None) -> float:
-        steps = teacher.letter_steps(text or "", example.metadata["word"], example.metadata["letter"])
-        return self._with_answer(steps, example, answer)
+    def read_steps(self, text: str, example: Example) -> tuple[list[int], int, int]:
+        steps = teacher.letter_steps(text, example.metadata["word"], example.metadata["letter"])
+        return [step.end() for step in re.finditer(r"\S+\s*=\s*\S+", text)], *steps
 
 
 class _Pairs(NamedTuple):

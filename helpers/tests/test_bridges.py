@@ -95,7 +95,7 @@ def test_no_setting_is_forgotten(tmp_path):
     base = replace(OTHER, loss=LossConfig())
     other = {f.name: getattr(OTHER, f.name) for f in fields(GRPOConfig)} | {
         "questions_per_rollout": 3, "buffer_size": 96, "std_ddof": 0, "measure_kl": True, "scale": "none",
-        "stratified": True,
+        "stratified": True, "credit": "step",
     }  # fmt: skip
     for f in fields(GRPOConfig):
         if f.name != "loss":
@@ -115,6 +115,7 @@ def test_no_setting_is_forgotten(tmp_path):
         ({"measure_kl": True}, "measure_kl"),
         ({"steps": 0}, "without steps"),
         ({"stratified": True}, "leave out stratified"),
+        ({"credit": "step"}, "leave out credit"),
         ({"minibatch_size": 20}, "48 responses a step, 20 a minibatch"),
         ({"gradient_accumulation": 2}, "unequal size"),
         ({"loss": LossConfig(correction="token_truncate")}, "use_vllm=True"),

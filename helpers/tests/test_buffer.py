@@ -72,6 +72,15 @@ def test_absent_log_probs_stay_absent():
     assert not batch.input_ids.is_meta
 
 
+def test_advantages_of_tokens_stand_in_for_those_of_responses():
+    rows = [Experience([5, 6], [7], 1.0, token_advantages=torch.tensor([0.5])),
+            Experience([5], [7, 8], 1.0, token_advantages=torch.tensor([0.0, -2.0])),
+            Experience([5], [7, 8], 1.0, token_advantages=torch.zeros(2))]  # fmt: skip
+    assert collate(rows).advantages.tolist() == [[0.5, 0.0], [0.0, -2.0], [0.0, 0.0]]
+    assert [e.has_signal for e in rows] == [True, True, False]
+    assert [Experience([5], [7], a).has_signal for a in (0.0, -0.1)] == [False, True]
+
+
 def test_pad_fills_up_on_the_right():
     assert pad([torch.tensor([1, 2]), torch.tensor([3])], 9).tolist() == [[1, 2], [3, 9]]
 
@@ -171,6 +180,7 @@ def test_what_cannot_be_is_said_in_one_sentence():
         fails(f"room for 1 experience or more, not {size}", filled(5).minibatches, size, seed=0)
     fails("1 experience or more", collate, [])
     fails("old_logprobs .* 2 response tokens, not shape .3,.", Experience, [5], [6, 7], 1.0, torch.zeros(3))
+    fails("token_advantages .* 2 resp", Experience, [5], [6, 7], 1.0, token_advantages=torch.zeros(1))
     fails("reference_logprobs .* 2 response tokens", Experience, [5], [6, 7], 1.0, None, torch.zeros(1, 2))
     mixed = [Experience([5], [6], 1.0, torch.zeros(1)), Experience([5], [6], 1.0)]
     for some in (mixed, mixed[::-1]):

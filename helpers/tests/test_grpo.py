@@ -1,6 +1,7 @@
 """The loop against plain computations: its gradient, its old log-probs, its reference, its figures, its learning."""
 
 import copy
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -16,10 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from helpers import grpo as module
 from helpers.buffer import Buffer, Experience
 from helpers.decoder import Decoder
-from helpers.grpo import Collected, GRPOConfig, grpo, learn, questions_of, score, summarise
-from helpers.losses import LossConfig
+from helpers.grpo import Collected, GRPOConfig, by_step, check_fits, grpo, learn, questions_of, score, summarise
+from helpers.losses import LossConfig, policy_loss
 from helpers.models import add_lora, bare
 from helpers.pocket import pocket_tokenizer
+from helpers.prompts import completion
 from helpers.rewards import Reward
 from helpers.rollout import Response
 from helpers.runs import trained_weights
@@ -403,6 +405,74 @@ def test_a_stratified_step_asks_for_each_answer_equally_often(name, classes):
     assert not all(plain) and len(first) == classes
 
 
+def test_a_task_without_given_steps_has_no_advantage_a_step():
+    with pytest.raises(
+        ValueError, match="propositional_logic's derivations have no given steps: leave out grpo.credit"
+    ):
+        check_fits(replace(SMALL, credit="step"), load_task("propositional_logic", size=2))
+    check_fits(replace(SMALL, credit="step"), load_task("letter_counting", size=2))
+
+
+def test_each_token_has_the_advantage_of_its_step():
+    task = load_task("letter_counting", "train", 30, seed=4)
+    example = next(e for e in task if len(e.metadata["word"]) > 5)
+    right = completion(task.thinking(example), example.answer)
+    third = [m.start() for m in re.finditer("=", right)][2]
+    slip = right[:third] + "= 8" + right[third + 3 :]  # the third letter's count
+    texts = [right, slip, right.replace(f"<answer> {example.answer}", "<answer> 9"), right]
+    ids = [TOKENIZER.encode(text, add_special_tokens=False) + [TOKENIZER.eos_token_id] for text in texts]
+    group = [Response(row, [0.0] * len(row), True) for row in ids]
+    rows = by_step(group, texts, example, Reward(task), TOKENIZER, replace(SMALL, scale="none", credit="step"))
+    at_third, at_answer = [1 / 4, -3 / 4, 1 / 4, 1 / 4], [1 / 3, None, -2 / 3, 1 / 3]
+    for response, text, row, a, b in zip(group, texts, rows, at_third, at_answer, strict=True):
+        tokens = [TOKENIZER.decode([token]) for token in response.token_ids]
+        assert row.shape == (len(tokens),)
+        step, answer = (
+            [t for t, x in zip(tokens, row.tolist(), strict=True) if x and x == pytest.approx(v)] for v in (a, b)
+        )
+        assert step == text[: third + 3].split()[-3:]
+        assert b is None or answer[0] == "</think>" and answer[-1] == tokens[-1]
+        assert sum(x != 0 for x in row.tolist()) == len(step) + len(answer)  # 0 where all are right, and after a slip
+
+
+def test_one_advantage_at_every_token_of_a_response_is_the_response_s():
+    model = tiny_model()
+    rows = experiences(model)
+    config = replace(SMALL, minibatch_size=3, gradient_accumulation=3)
+    by_token = [replace(e, token_advantages=torch.full((len(e.response_ids),), e.advantage)) for e in rows]
+    (_, [mine]), (_, [right]) = learned(model, by_token, config), learned(model, rows, config)
+    assert_same(mine, right)
+
+
+def test_the_loop_learns_by_the_step(monkeypatch):
+    task, seen = load_task("letter_counting", "train", 4), []
+
+    def written(sampler, prompts, group_size, **more):  # the teacher's words, and in the first group two slips
+        groups = []
+        for number, example in enumerate(questions_of(task, 0, len(prompts), 0)):
+            right = completion(task.thinking(example), example.answer)
+            wrong = right.replace("=", "= 9", 1)
+            texts = [wrong, wrong, right, right] if number == 0 else [right] * 4
+            ids = [TOKENIZER.encode(text, add_special_tokens=False) for text in texts]
+            groups.append([Response(row, [-1.0] * len(row), True) for row in ids])
+        return groups
+
+    def loss(new, old, advantages, *args, **more):
+        seen.append(advantages)
+        return policy_loss(new, old, advantages, *args, **more)
+
+    monkeypatch.setattr(module, "rollout", written)
+    monkeypatch.setattr(module, "policy_loss", loss)
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    [record] = grpo(model, TOKENIZER, task, replace(SMALL, credit="step", steps=1), progress=False)
+    [advantages] = seen
+    assert advantages.dim() == 2 and len(advantages) == 4  # the group without a slip is left out
+    assert sorted(row[0].item() > 0 for row in advantages) == [False, False, True, True]
+    assert record["no_signal"] == 0.5 and record["grad_norm"] > 0
+    assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 def test_a_task_without_a_list_of_answers_cannot_be_stratified():
     task = load_task("propositional_logic", size=4)
     with pytest.raises(ValueError, match="leave out grpo.stratified"):
@@ -468,13 +538,14 @@ def test_a_summary_checked_by_hand():
     parts = [[{"correct": 1.0, "format": 1.0}, {"correct": 0.0, "format": 0.0}],
              [{"correct": 0.0, "format": 1.0}, {"correct": 0.0, "format": 1.0}]]  # fmt: skip
     responses = [[response(2, True), response(4, False)], [response(3, True), response(3, True)]]
-    summary = summarise([Collected([], responses, [], parts, rewards, [])])
+    made = [Experience([1], [2], advantage) for advantage in (0.7, -0.7, 0.0, 0.0)]
+    summary = summarise([Collected([], responses, [], parts, rewards, made)])
     assert summary == pytest.approx({
         "reward": 0.325, "reward_std": rewards.std().item(), "accuracy": 0.25, "format_rate": 0.75,
         "no_signal": 0.5, "length": 3.0, "unfinished": 0.25, "entropy": 0.5,
     })  # fmt: skip
     sound = [[{**part, "derivation": part["correct"], "steps": 0.5} for part in group] for group in parts]
-    summary = summarise([Collected([], responses, [], sound, rewards, [])])
+    summary = summarise([Collected([], responses, [], sound, rewards, made)])
     assert (summary["derivation_rate"], summary["steps_rate"]) == (0.25, 0.5)
 
 
@@ -570,6 +641,9 @@ def test_the_same_seed_gives_the_same_run_and_another_another():
         ({"max_grad_norm": float("nan")}, "max_grad_norm"),
         ({"scale": "groups"}, r"^scale must be one of group, batch, none, not 'groups'\.$"),
         ({"std_ddof": 2}, "^std_ddof must be 0"),
+        ({"credit": "steps"}, r"^There is no grpo\.credit 'steps'; did you mean 'step'\?$"),
+        ({"credit": "step", "scale": "batch"}, r"^grpo\.credit=step needs a scale of group or none"),
+        ({"credit": "step", "loss": LossConfig(importance="sequence")}, "and an importance of token"),
     ],
 )  # fmt: skip
 def test_wrong_settings_get_one_sentence(setting, message):

@@ -31,6 +31,7 @@ from helpers.losses import (
     kl_k3,
     policy_loss,
     sampler_weights,
+    step_advantages,
 )
 
 torch.set_num_threads(1)
@@ -177,6 +178,26 @@ def test_stats_equal_trl(loss_type, importance, epsilons):
         names |= {"clip_share": "clip_ratio/region_mean"}
     for ours, theirs in names.items():
         assert stats[ours] == pytest.approx(metrics[theirs], abs=1e-6), ours
+
+
+@pytest.mark.parametrize("epsilons", [(0.2, 0.2), (0.1, 0.28), (0.3, 1.2)])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_advantages_of_tokens_equal_trl(loss_type, epsilons):
+    batch = make_batch()
+    whole = our_loss(batch, config := LossConfig(loss_type, "token", *epsilons, beta=0.04))[0]
+    by_row = batch.advantages.unsqueeze(1).expand_as(batch.new)
+    batch.advantages = by_row.clone()
+    assert our_loss(batch, config)[0] == whole  # the same one at every token of a row
+    batch.advantages = by_row * torch.randn(by_row.shape, generator=torch.Generator().manual_seed(3)).double()
+    ours, stats = our_loss(batch, config)
+    theirs, metrics = trl_loss(batch, config)
+    assert_close(ours, theirs, **EXACT)
+    assert_close(gradient(ours, batch.logits), gradient(theirs, batch.logits), **EXACT)
+    share = "cispo_clip_ratio" if loss_type == "cispo" else "clip_ratio/region_mean"
+    assert stats["clip_share"] == pytest.approx(metrics[share], abs=1e-6) and stats["clip_share"] > 0
+    batch.advantages = batch.advantages.masked_fill(~batch.mask, torch.nan)  # in the padding
+    assert our_loss(batch, config)[0] == ours
+    assert_close(gradient(our_loss(batch, config)[0], batch.logits), gradient(ours, batch.logits), **EXACT)
 
 
 @pytest.mark.parametrize("importance", IMPORTANCE_LEVELS)
@@ -564,7 +585,44 @@ def test_a_wrong_call_is_refused():
         policy_loss(batch.new, batch.old[:, 1:], batch.advantages, batch.mask, LossConfig())
     with pytest.raises(ValueError, match="advantages must have shape"):
         policy_loss(batch.new, batch.old, batch.advantages.unsqueeze(1), batch.mask, LossConfig())
+    with pytest.raises(ValueError, match="one ratio a row: give each row one advantage"):
+        policy_loss(batch.new, batch.old, batch.new.detach(), batch.mask, LossConfig(importance="sequence"))
     with pytest.raises(ValueError, match="loss_type must be one of"):
         aggregate(batch.new, batch.mask, "ppo")
     with pytest.raises(ValueError, match="level must be one of"):
         importance_ratio(batch.new, batch.old, batch.mask, "word")
+
+
+# --- advantages by the step ---
+
+right_steps = st.lists(
+    st.tuples(st.integers(0, 6), st.booleans()).map(lambda x: [1.0] * x[0] + [0.0] * (x[1] or not x[0])),
+    min_size=2, max_size=8,
+)  # fmt: skip
+
+
+@given(right_steps, st.sampled_from(["group", "none"]), st.sampled_from([0, 1]))
+def test_each_step_is_a_group_of_those_that_reach_it(right, scale, std_ddof):
+    advantages = step_advantages(right, scale=scale, std_ddof=std_ddof)
+    assert [len(row) for row in advantages] == [len(row) for row in right]
+    for step in range(max(map(len, right))):
+        here = [(row[step], found[step]) for row, found in zip(right, advantages, strict=True) if len(row) > step]
+        rewards, found = zip(*here, strict=True)
+        if len(set(rewards)) == 1:
+            assert set(found) == {0.0}  # one alone, or all of one mind
+        else:
+            mean = sum(rewards) / len(rewards)
+            assert sum(found) == pytest.approx(0.0, abs=1e-5)
+            assert all((a > 0) == (r > mean) for r, a in here)
+            own = group_advantages(torch.tensor([rewards]), scale=scale, std_ddof=std_ddof)
+            assert found == pytest.approx(own[0].tolist())
+
+
+def test_advantages_by_the_step_by_hand():
+    right = [[1, 1, 1], [1, 1, 0], [1, 0], [0]]
+    expected = [[0.25, 1 / 3, 0.5], [0.25, 1 / 3, -0.5], [0.25, -2 / 3], [-0.75]]
+    for row, numbers in zip(step_advantages(right, scale="none"), expected, strict=True):
+        assert row == pytest.approx(numbers)
+    with pytest.raises(ValueError, match="scale must be one of group, none, not 'batch'"):
+        step_advantages(right, scale="batch")
+    assert step_advantages([]) == []

@@ -89,6 +89,53 @@ def test_a_step_is_paid_as_long_as_no_mistake_stands_before_it():
     assert reward([completion(right, example.answer), completion(right, "?")], example) == [7.0, 6.0]
 
 
+def test_the_steps_of_a_completion_end_where_they_end():
+    example = load_task("syllogism", size=1)[0]
+    thinking = TASK.thinking(example)
+    sentences = [f"{step}." for step in thinking.rstrip(".").split(". ")]
+    text = completion(thinking, example.answer)
+
+    def parts(text):  # what stands in each step, and whether it is right
+        steps, at = [], 0
+        for end, right in Reward(TASK).steps(text, example):
+            steps, at = [*steps, (text[at:end].strip(), right)], end
+        return steps
+
+    right = [("<think> " * (i == 0) + sentence, True) for i, sentence in enumerate(sentences)]
+    answer = f"</think>\n<answer> {example.answer} </answer>"
+    assert parts(text) == [*right, (answer, True)]
+    for i, sentence in enumerate(sentences[:-1]):
+        wrong = text.replace(sentence, "A = B.")
+        assert parts(wrong) == [*right[:i], ("<think> " * (i == 0) + "A = B.", False)]
+    other = completion(thinking, "Yes" if example.answer == "No" else "No")
+    for changed in (other, text[: -len(" </answer>")], text + " and more"):  # the wrong answer, no end, no format
+        assert parts(changed)[:6] == right and Reward(TASK).steps(changed, example)[6] == (len(changed), False)
+    verdict = text.replace(sentences[-1], "It may follow.")
+    assert parts(verdict) == [*right[:-1], (f"It may follow. {answer}", False)]  # with the answer that comes of it
+    for nothing in ("", "Yes", "<think> A = x", "</think> <think>"):
+        assert Reward(TASK).steps(nothing, example) == [(len(nothing), False)]
+
+
+def test_a_letter_and_its_count_are_a_step():
+    task = load_task("letter_counting", "train", 5)
+    for example in task:
+        word, letter = example.metadata["word"], example.metadata["letter"]
+        text = completion(task.thinking(example), example.answer)
+        steps = Reward(task).steps(text, example)
+        assert len(steps) == len(word) + 1 and all(right for _, right in steps) and steps[-1][0] == len(text)
+        assert all(text[:end].endswith(f"= {word[: i + 1].count(letter)}") for i, (end, _) in enumerate(steps[:-1]))
+        wrong = text.replace(f"{word[1]} = {word[:2].count(letter)}", f"{word[1]} = 7", 1)
+        assert [right for _, right in Reward(task).steps(wrong, example)] in ([True, False], [False])
+
+
+@settings(deadline=None)
+@given(tag_soup)
+def test_steps_of_any_text_are_in_order_and_only_the_last_can_be_wrong(text):
+    example = load_task("syllogism", size=1)[0]
+    ends, right = zip(*Reward(TASK).steps(text, example), strict=True)
+    assert list(ends) == sorted(ends) and ends[-1] <= len(text) and all(right[:-1])
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"correct": -0.1}, {"derivation": -1}, {"format": math.nan}, {"length": math.inf}, {"correct": "1"},
