@@ -78,7 +78,7 @@ class GRPOConfig:
         if self.credit not in CREDITS:
             raise ValueError(unknown("grpo.credit", self.credit, CREDITS))
         if self.credit == "step" and (self.scale == "batch" or self.loss.importance == "sequence"):
-            raise ValueError("grpo.credit=step needs a scale of group or none, and an importance of token.")
+            raise ValueError("grpo.credit=step needs a scale of group, none or mean, and an importance of token.")
 
     @property
     def every_row(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 IMPORTANCE_LEVELS = ("token", "sequence")
-ADVANTAGE_SCALES = ("group", "batch", "none")
+ADVANTAGE_SCALES = ("group", "batch", "none", "mean")
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
@@ -26,10 +26,11 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", std_ddof: int = 1
     """How much better a completion did than its group: A = (r - mean of the group) / (std + eps).
 
     rewards: (Q, G), a row a question. Returns (Q, G); a group of equal rewards gets exactly 0.
-    scale: divide by the std of the "group", by that of the whole "batch", or by nothing ("none", Dr. GRPO).
+    scale: divide by the std of the "group", by that of the whole "batch", by nothing ("none", Dr. GRPO), or by the
+    group's "mean" (MaxRL, made for rewards of 0 and 1): the rarer the success, the more each one counts.
     std_ddof: 1, the sample std (`torch.std`), turns rewards [1, 0] into +-0.707; 0 (`np.std`) into +-1.
-    Raises ValueError unless rewards are finite, of shape (Q, G), with G at least 2.
-    Source: DeepSeekMath (arXiv 2402.03300) section 4.1.2; TRL's `scale_rewards`.
+    Raises ValueError unless rewards are finite, of shape (Q, G), with G at least 2, and for "mean" not negative.
+    Source: DeepSeekMath (arXiv 2402.03300) section 4.1.2; TRL's `scale_rewards`; "mean": arXiv 2602.02710, algorithm 1.
     """
     _check_choice("scale", scale, ADVANTAGE_SCALES)
     if std_ddof not in (0, 1):
@@ -47,6 +48,10 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", std_ddof: int = 1
         advantages = advantages / (rewards.std(dim=1, correction=std_ddof, keepdim=True) + eps)
     elif scale == "batch":
         advantages = advantages / (rewards.std(correction=std_ddof) + eps)
+    elif scale == "mean":
+        if (rewards < 0).any():
+            raise ValueError("scale is mean: give no completion a reward below 0, or set it to group.")
+        advantages = advantages / (rewards.mean(dim=1, keepdim=True) + eps)
     return advantages
 
 
@@ -57,11 +62,11 @@ def step_advantages(
 
     right: for each completion of one question the reward of its steps, 1 or 0, up to its first mistake: 1, 1, 0.
     Returns the same lists with advantages in them: `group_advantages` of each step over the completions that reach
-    it, 0 where one alone does. scale: "group" or "none". Raises ValueError for another scale.
+    it, 0 where one alone does. scale: any but "batch". Raises ValueError for another scale.
     Source: process supervision (DeepSeekMath, arXiv 2402.03300, section 4.1.3), with the completions that are at the
     same step, instead of all steps alike, as the baseline; compare VinePPO (arXiv 2410.01679).
     """
-    _check_choice("scale", scale, ("group", "none"))
+    _check_choice("scale", scale, ("group", "none", "mean"))
     advantages: list[list[float]] = [[0.0] * len(steps) for steps in right]
     for step in range(max(map(len, right), default=0)):
         here = [i for i, steps in enumerate(right) if len(steps) > step]

@@ -116,6 +116,7 @@ def test_no_setting_is_forgotten(tmp_path):
         ({"steps": 0}, "without steps"),
         ({"stratified": True}, "leave out stratified"),
         ({"credit": "step"}, "leave out credit"),
+        ({"scale": "mean"}, "set scale to group"),
         ({"minibatch_size": 20}, "48 responses a step, 20 a minibatch"),
         ({"gradient_accumulation": 2}, "unequal size"),
         ({"loss": LossConfig(correction="token_truncate")}, "use_vllm=True"),

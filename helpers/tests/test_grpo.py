@@ -639,10 +639,10 @@ def test_the_same_seed_gives_the_same_run_and_another_another():
         ({"top_p": 1.1}, "0 < top_p <= 1"),
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm"),
-        ({"scale": "groups"}, r"^scale must be one of group, batch, none, not 'groups'\.$"),
+        ({"scale": "groups"}, r"^scale must be one of group, batch, none, mean, not 'groups'\.$"),
         ({"std_ddof": 2}, "^std_ddof must be 0"),
         ({"credit": "steps"}, r"^There is no grpo\.credit 'steps'; did you mean 'step'\?$"),
-        ({"credit": "step", "scale": "batch"}, r"^grpo\.credit=step needs a scale of group or none"),
+        ({"credit": "step", "scale": "batch"}, r"^grpo\.credit=step needs a scale of group, none or mean"),
         ({"credit": "step", "loss": LossConfig(importance="sequence")}, "and an importance of token"),
     ],
 )  # fmt: skip

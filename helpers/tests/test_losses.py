@@ -18,6 +18,7 @@ from trl.trainer import grpo_trainer as trl_module
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from helpers.losses import (
+    ADVANTAGE_SCALES,
     CORRECTIONS,
     IMPORTANCE_LEVELS,
     LOSS_TYPES,
@@ -333,17 +334,23 @@ def test_advantages_by_hand_for_each_scale():
     # All six rewards: mean 1, squared deviations 0 1 0 0 4 1, sum 6.
     assert_close(group_advantages(rewards, scale="batch", std_ddof=0, eps=0.0), none)
     assert_close(group_advantages(rewards, scale="batch", std_ddof=1, eps=0.0), none / math.sqrt(6 / 5))
+    assert_close(group_advantages(rewards, scale="mean", eps=0.0), none / torch.tensor([[0.5], [1.0], [1.5]]))
+    rare = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    by_mean = torch.tensor([[3.0, -1, -1, -1], [1 / 3, 1 / 3, 1 / 3, -1], [0, 0, 0, 0], [0, 0, 0, 0]])
+    assert_close(group_advantages(rare, scale="mean"), by_mean, rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match="no completion a reward below 0"):
+        group_advantages(torch.tensor([[1.0, -0.1]]), scale="mean")
 
 
 @given(
     value=st.floats(-10, 10, width=32),
     size=st.integers(2, 12),
-    scale=st.sampled_from(["group", "batch", "none"]),
+    scale=st.sampled_from(ADVANTAGE_SCALES),
     ddof=st.sampled_from([0, 1]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_equal_rewards_give_exactly_zero(value, size, scale, ddof, dtype):
-    rewards = torch.full((2, size), value, dtype=dtype)
+    rewards = torch.full((2, size), abs(value) if scale == "mean" else value, dtype=dtype)
     assert (group_advantages(rewards, scale=scale, std_ddof=ddof) == 0).all()
 
 
@@ -601,7 +608,7 @@ right_steps = st.lists(
 )  # fmt: skip
 
 
-@given(right_steps, st.sampled_from(["group", "none"]), st.sampled_from([0, 1]))
+@given(right_steps, st.sampled_from(["group", "none", "mean"]), st.sampled_from([0, 1]))
 def test_each_step_is_a_group_of_those_that_reach_it(right, scale, std_ddof):
     advantages = step_advantages(right, scale=scale, std_ddof=std_ddof)
     assert [len(row) for row in advantages] == [len(row) for row in right]
@@ -623,6 +630,6 @@ def test_advantages_by_the_step_by_hand():
     expected = [[0.25, 1 / 3, 0.5], [0.25, 1 / 3, -0.5], [0.25, -2 / 3], [-0.75]]
     for row, numbers in zip(step_advantages(right, scale="none"), expected, strict=True):
         assert row == pytest.approx(numbers)
-    with pytest.raises(ValueError, match="scale must be one of group, none, not 'batch'"):
+    with pytest.raises(ValueError, match="scale must be one of group, none, mean, not 'batch'"):
         step_advantages(right, scale="batch")
     assert step_advantages([]) == []
