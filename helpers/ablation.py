@@ -17,6 +17,7 @@ from helpers.models import default_device
 from helpers.names import unknown
 from helpers.pipeline import held_out, start_model, train
 from helpers.recipes import Recipe, load_recipe
+from helpers.rewards import Reward
 from helpers.runs import Run, environment, write_atomically
 from helpers.tasks import load_task
 
@@ -31,6 +32,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "CISPO": ("grpo.loss.loss_type=cispo", "grpo.loss.epsilon_high=5"),
     "std not divided by": ("grpo.scale=none",),
     "std of the batch": ("grpo.scale=batch",),
+    "mean divided by": ("grpo.scale=mean",),
+    "an advantage a step": ("grpo.credit=step",),
+    "a step, by the mean": ("grpo.credit=step", "grpo.scale=mean"),
     "G = 3": ("grpo.group_size=3", "grpo.questions_per_rollout=96"),
     "G = 12": ("grpo.group_size=12", "grpo.questions_per_rollout=24"),
     "temperature 0.7": ("grpo.temperature=0.7",),
@@ -67,7 +71,8 @@ def _one(recipe: str, settings: Sequence[str], variant: str, seed: int, warm: Pa
         Run.open(warm).load_weights(model, "sft")
     task = load_task(chosen.task, "train", chosen.train_size, seed=seed + 1000, balanced=chosen.balanced)
     accelerator = Accelerator(cpu=default_device() == "cpu")
-    history = grpo(model, tokenizer, task, chosen.grpo, accelerator=accelerator, seed=seed, progress=False)
+    history = grpo(model, tokenizer, task, chosen.grpo, reward=Reward(task, chosen.reward), accelerator=accelerator,
+                   seed=seed, progress=False)  # fmt: skip
     after = evaluate(model, tokenizer, held_out(chosen), temperature=chosen.evaluation.temperature, seed=seed,
                      max_new_tokens=chosen.evaluation.max_new_tokens)  # fmt: skip
     curves = {name: [round(r[name], 4) for r in history] for name in ("accuracy", "length", "entropy", "clip_share")}

@@ -86,3 +86,10 @@ def test_a_warm_up_that_every_run_has_is_not_made_again(tmp_path, monkeypatch):
     run.write_records("results", done)
     monkeypatch.setattr(ablation, "ProcessPoolExecutor", None)  # not to be called
     assert ablate(tmp_path, [0], [BASELINE]) == done
+
+
+def test_the_reward_of_the_settings_is_what_is_paid(tmp_path, monkeypatch):
+    paid = []
+    monkeypatch.setattr(ablation, "grpo", lambda *_, reward, **__: paid.append(reward.config) or [])
+    ablation._one("pocket", (*TINY, "sft.epochs=0", "reward.steps=0.5", "reward.correct=0"), BASELINE, 0, tmp_path)
+    assert [(config.steps, config.correct) for config in paid] == [(0.5, 0.0)]

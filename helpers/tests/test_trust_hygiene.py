@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from helpers import grpo as grpo_module
 from helpers import sft as sft_module
 from helpers.__main__ import main
+from helpers.buffer import Experience
 from helpers.grpo import grpo
-from helpers.hygiene import NotFinite, Watch, all_finite, check_finite
+from helpers.hygiene import NotFinite, Watch, all_finite, check_finite, save_responses
 from helpers.losses import LossConfig
 from helpers.models import add_lora, load_model
 from helpers.recipes import load_recipe
@@ -86,6 +87,16 @@ def test_the_loop_stops_before_an_update_that_is_no_number(run, monkeypatch, how
             assert record[name] == getattr(experience, name)
         for name in ("old_logprobs", "reference_logprobs"):
             assert torch.equal(tensors[f"{name}.{number}"], getattr(experience, name))
+
+
+def test_advantages_of_tokens_are_kept_with_the_batch(tmp_path):
+    rows = [Experience([5], [6, 7], 0.5, token_advantages=torch.tensor([0.1, -0.2])), Experience([5], [6], 0.0)]
+    kept = save_responses(tmp_path / "batch", rows, TOKENIZER)
+    assert [record["advantage"] for record in json.loads((kept / "batch.json").read_text())] == [0.5, 0.0]
+    tensors = load_file(kept / "batch.safetensors")
+    assert list(tensors) == ["token_advantages.0"] and torch.equal(
+        tensors["token_advantages.0"], rows[0].token_advantages
+    )
 
 
 def test_the_warm_up_stops_before_an_update_that_is_no_number(run, monkeypatch):
