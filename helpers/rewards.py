@@ -20,9 +20,9 @@ def format_reward(completion: str) -> float:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The weights in total =
-    correct * [right] + format * [well formed] + derivation * [sound] + steps * share - length * excess.
+    """What a response is paid for: the weights of the parts of its total.
 
+    total = correct * [right] + format * [well formed] + derivation * [sound] + steps * share - length * excess
     sound: every step of the thinking is right and leads to the answer, as the task's `check_thinking` says: a process
     reward beside the outcome's (Lightman et al., arXiv 2305.20050, with a program in place of their reward model).
     share: of the steps, those that are right before the first mistake (`right_steps`): pay for getting further.
@@ -90,12 +90,12 @@ class Reward:
             return [(len(completion), False)]
         begin = completion.index("<think>") + len("<think>")
         begin += len(completion[begin:]) - len(completion[begin:].lstrip())
-        ends, right, steps = self.task.read_steps(thinking, example)
-        found = [(begin + end, True) for end in ends[:right]]
-        if right < min(len(ends), steps - 1):
-            return [*found, (begin + ends[right], False)]
+        steps = self.task.read_steps(thinking, example)
+        found = [(begin + end, True) for end in steps.ends[: steps.right]]
+        if steps.right < min(len(steps.ends), steps.wanted - 1):
+            return [*found, (begin + steps.ends[steps.right], False)]
         answer = self.task.score(extract_answer(completion), example) * format_reward(completion)
-        return [*found, (len(completion), right == steps and answer == 1.0)]
+        return [*found, (len(completion), steps.sound and answer == 1.0)]
 
     def __call__(
         self,

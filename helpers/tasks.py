@@ -94,15 +94,12 @@ class Task(Sequence[Example]):
         """
         if not self.stepwise:
             return float(self.check_thinking(text, example, answer))
-        _, right, steps = self.read_steps(text or "", example)
-        reached = right == steps and (answer is None or self.score(answer, example) == 1.0)
-        return (right + reached) / (steps + 1)
+        steps = self.read_steps(text or "", example)
+        reached = steps.sound and (answer is None or self.score(answer, example) == 1.0)
+        return (steps.right + reached) / (steps.wanted + 1)
 
-    def read_steps(self, text: str, example: Example) -> tuple[list[int], int, int]:
-        """Where each step of `text` ends, how many are right before the first mistake, and how many there should be.
-
-        The last two are equal only if all of `text` is right. NotImplementedError unless the task is `stepwise`.
-        """
+    def read_steps(self, text: str, example: Example) -> teacher.Steps:
+        """The steps of a derivation. Never raises on any text; NotImplementedError unless the task is `stepwise`."""
         raise NotImplementedError(f"{self.name}'s derivations have no given steps.")
 
     def constant_baseline(self) -> Baseline:
@@ -181,10 +178,9 @@ class Syllogism(Task):
     def check_thinking(self, text: str | None, example: Example, answer: str | None = None) -> bool:
         return self.right_steps(text, example, answer) == 1.0
 
-    def read_steps(self, text: str, example: Example) -> tuple[list[int], int, int]:
+    def read_steps(self, text: str, example: Example) -> teacher.Steps:
         m = example.metadata
-        steps = teacher.syllogism_steps(text, m["premise1"], m["premise2"], m["conclusion"])
-        return [stop.end() for stop in re.finditer(r"\.", text)], *steps
+        return teacher.syllogism_steps(text, m["premise1"], m["premise2"], m["conclusion"])
 
 
 class PropositionalLogic(Task):
@@ -311,9 +307,8 @@ class LetterCounting(Task):
     def check_thinking(self, text: str | None, example: Example, answer: str | None = None) -> bool:
         return self.right_steps(text, example, answer) == 1.0
 
-    def read_steps(self, text: str, example: Example) -> tuple[list[int], int, int]:
-        steps = teacher.letter_steps(text, example.metadata["word"], example.metadata["letter"])
-        return [step.end() for step in re.finditer(r"\S+\s*=\s*\S+", text)], *steps
+    def read_steps(self, text: str, example: Example) -> teacher.Steps:
+        return teacher.letter_steps(text, example.metadata["word"], example.metadata["letter"])
 
 
 class _Pairs(NamedTuple):

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import permutations, takewhile
+from typing import NamedTuple
 
 from helpers.logic import (
     Formula,
@@ -31,16 +32,28 @@ def letter_derivation(word: str, letter: str) -> str:
     return " ".join(f"{character} = {word[: i + 1].count(letter)}" for i, character in enumerate(word))
 
 
-def check_letter_derivation(text: str, word: str, letter: str) -> bool:
-    """True when `text` spells `word` and every running count is right, however it is spaced."""
-    return _tokens(text) == _tokens(letter_derivation(word, letter))
+class Steps(NamedTuple):
+    """Where each step of a text ends, how many are right before the first mistake, and how many there should be.
+
+    A text with a step too many has its last one wrong.
+    """
+
+    ends: list[int]
+    right: int
+    wanted: int
+
+    @property
+    def sound(self) -> bool:
+        """Whether the text is the whole derivation, and right."""
+        return self.right == self.wanted
 
 
-def letter_steps(text: str, word: str, letter: str) -> tuple[int, int]:
-    """(letters told and counted right before the first mistake, letters of the word); equal only if all is right."""
-    said, right = _tokens(text), _tokens(letter_derivation(word, letter))
-    steps = len(right) // 3  # "s = 0" is one
-    return (steps if said == right else min(_agreeing(said, right) // 3, steps - 1)), steps
+def letter_steps(text: str, word: str, letter: str) -> Steps:
+    """The steps of `text`, a letter with its running count each, "s = 0", however it is spaced."""
+    tokens = _tokens(text)
+    said, right = ([token for token, _ in some] for some in (tokens, _tokens(letter_derivation(word, letter))))
+    wanted, ends = len(right) // 3, [end for _, end in tokens[2::3]]
+    return Steps(ends, wanted if said == right else min(_agreeing(said, right) // 3, wanted - 1), wanted)
 
 
 def _agreeing(said: Sequence[str], right: Sequence[str], same: Callable[[str, str], bool] = operator.eq) -> int:
@@ -48,9 +61,13 @@ def _agreeing(said: Sequence[str], right: Sequence[str], same: Callable[[str, st
     return sum(1 for _ in takewhile(bool, map(same, said, right)))
 
 
-def _tokens(text: str) -> list[str]:
-    """Words and punctuation marks one by one, so that spacing does not matter; [] beyond MAX_TRACE."""
-    return re.findall(r"\w+|[^\w\s]", text) if len(text) <= MAX_TRACE else []
+def _tokens(text: str) -> list[tuple[str, int]]:
+    """Words and punctuation marks one by one, so that spacing does not matter, and where each ends.
+
+    [] beyond MAX_TRACE.
+    """
+    found = re.finditer(r"\w+|[^\w\s]", text) if len(text) <= MAX_TRACE else ()
+    return [(token[0], token.end()) for token in found]
 
 
 # --- syllogisms ---
@@ -93,17 +110,14 @@ def syllogism_derivation(premise1: str, premise2: str, claim: str) -> str:
     return ". ".join([*steps, f"So A and C: {so or 'nothing'}", f"Claim: {goal}", f"{verdict}."])
 
 
-def check_syllogism_derivation(text: str, premise1: str, premise2: str, claim: str) -> bool:
-    """True when each step of `text` means what the teacher's does: "Some C are A" may be "Some A are C"."""
-    right, steps = syllogism_steps(text, premise1, premise2, claim)
-    return right == steps
-
-
-def syllogism_steps(text: str, premise1: str, premise2: str, claim: str) -> tuple[int, int]:
-    """(steps right before the first mistake, steps of the derivation); equal only if all of `text` is right."""
-    said, right = (" ".join(_tokens(t)).split(" .") for t in (text, syllogism_derivation(premise1, premise2, claim)))
-    agreeing, steps = _agreeing(said, right, _same_step), len(right) - 1  # after the last full stop stands nothing
-    return (steps if len(said) == len(right) == agreeing else min(agreeing, steps - 1)), steps
+def syllogism_steps(text: str, premise1: str, premise2: str, claim: str) -> Steps:
+    """The steps of `text`, a sentence each; right is what means the same: "Some C are A" may be "Some A are C"."""
+    tokens, model = _tokens(text), _tokens(syllogism_derivation(premise1, premise2, claim))
+    said, right = (" ".join(token for token, _ in some).split(" .") for some in (tokens, model))
+    agreeing, wanted = _agreeing(said, right, _same_step), len(right) - 1  # after the last full stop stands nothing
+    whole = len(said) == len(right) == agreeing
+    ends = [end for token, end in tokens if token == "."]
+    return Steps(ends, wanted if whole else min(agreeing, wanted - 1), wanted)
 
 
 def _same_step(step: str, right: str) -> bool:

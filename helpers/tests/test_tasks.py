@@ -128,6 +128,8 @@ def test_all_steps_are_right_only_where_the_derivation_is(name):
             for answer in (e.answer, "Perhaps", None):
                 share = task.right_steps(text, e, answer)
                 assert 0.0 <= share <= 1.0 and (share == 1.0) == task.check_thinking(text, e, answer)
+    for character in "a=.":  # read in time that grows with the length, or not at all
+        assert task.right_steps(character * 1_000_000, task[0], "Yes") == 0.0
     if name != "propositional_logic":  # whose derivations have any number of steps
         assert 0.0 < shares[5] < 1.0 and 0.5 < task.right_steps(thinking, e, "Perhaps") < 1.0
 
