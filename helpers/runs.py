@@ -181,12 +181,21 @@ class Run:
             write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
     def mend(self) -> None:
-        """Take out what a killed process left half written: temporary files, and lines that were cut off."""
+        """Take out what a killed process left half written or half deleted.
+
+        These are temporary files, lines that were cut off, and checkpoints older than a whole one of their stage.
+        """
         if not self.writes:
             return
         for path in self.folder.rglob(".*.tmp"):
             if path.is_file():
                 path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        for stage in STAGES:
+            newest, folders = self.newest(stage), self._folders(stage)
+            for older in folders[: folders.index(newest["folder"])] if newest else ():
+                shutil.rmtree(older, ignore_errors=True)
         for path in self.folder.glob("*.jsonl"):
             self.write_records(path.stem, read_jsonl(path))
 

@@ -259,6 +259,44 @@ def test_a_save_that_is_killed_leaves_the_older_checkpoint(run, monkeypatch, las
     assert [p.name for p in (run.folder / "checkpoints").iterdir()] == ["sft-000002"]
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("deletion", range(1, 5))
+def test_a_kill_while_what_was_replaced_is_deleted_leaves_nothing_behind(run, monkeypatch, deletion, again):
+    """The last save of a run is killed at any of its deletions (three files, their folder): mending ends them."""
+    model, optimizer = trained(run, "grpo", [3])
+    calls = []
+
+    def killed(original):
+        def delete(*arguments, **named):
+            calls.append(arguments)
+            if len(calls) == deletion:
+                raise KeyboardInterrupt
+            return original(*arguments, **named)
+
+        return delete
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for name in ("unlink", "rmdir"):
+            patch.setattr(os, name, killed(getattr(os, name)))
+        run.save_checkpoint("grpo", 3 if again else 4, model, optimizer)
+    assert len(list((run.folder / "checkpoints").iterdir())) == 2
+    run.mend()
+    assert [p.name for p in (run.folder / "checkpoints").iterdir()] == ["grpo-000003" if again else "grpo-000004"]
+    assert run.newest()["step"] == (3 if again else 4)
+
+
+def test_mending_keeps_the_only_whole_checkpoint_whatever_it_is_called(run):
+    """Killed between the two renames of a save of the same step, the whole one ends in .old."""
+    trained(run, "grpo", [3])
+    folder = run.folder / "checkpoints"
+    os.replace(folder / "grpo-000003", folder / "grpo-000003.old")
+    (folder / "grpo-000003").mkdir()
+    (folder / ".grpo-000004.tmp").mkdir()
+    run.mend()
+    assert sorted(p.name for p in folder.iterdir()) == ["grpo-000003", "grpo-000003.old"]
+    assert run.newest()["step"] == 3
+
+
 def test_resuming_goes_on_exactly(run):
     trained(run, "sft", [5])
     straight, its_optimizer = new_model()
