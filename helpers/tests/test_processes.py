@@ -18,7 +18,7 @@ from helpers.grpo import grpo
 from helpers.processes import share
 from helpers.runs import Run
 from helpers.tests.test_grpo import SMALL, TASK, TOKENIZER, WholeText, tiny_model
-from helpers.tests.two_processes import LOSSES
+from helpers.tests.two_processes import CONFIGS
 
 # On a CPU the launcher starts several processes only if it takes them for GPUs' ones.
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
@@ -56,7 +56,7 @@ def both(tmp_path_factory):
     return load_file(folder / "one.safetensors"), load_file(folder / "two.safetensors")
 
 
-@pytest.mark.parametrize("name", [*LOSSES, "sft"])
+@pytest.mark.parametrize("name", [*CONFIGS, "sft"])
 def test_two_processes_make_the_update_of_one(both, name):
     one, two = ({key: x for key, x in found.items() if key.startswith(f"{name}: ")} for found in both)
     assert one.keys() == two.keys()

@@ -13,7 +13,7 @@ from helpers.grpo import grpo
 from helpers.losses import LossConfig
 from helpers.runs import trained_weights
 from helpers.tasks import load_task
-from helpers.tests.test_grpo import SMALL, TASK, TOKENIZER, WholeText, tiny_model
+from helpers.tests.test_grpo import SMALL, TASK, TOKENIZER, StartsEarly, WholeText, tiny_model
 
 LOSSES = {
     "grpo": LossConfig(),
@@ -23,6 +23,20 @@ LOSSES = {
 }
 # Two rollouts a step, two updates a buffer, two minibatches an update.
 CONFIG = replace(SMALL, steps=2, buffer_size=16, minibatch_size=4, gradient_accumulation=2)
+CONFIGS = {name: replace(CONFIG, loss=loss) for name, loss in LOSSES.items()}
+CONFIGS["an advantage a step"] = replace(CONFIG, credit="step")
+
+
+class InSteps(StartsEarly):
+    stepwise = True
+
+
+class Letters(WholeText):
+    """Each character is a step, a vowel a mistake: an untrained model writes no step of the task."""
+
+    def steps(self, completion, example):
+        slip = next((i for i, letter in enumerate(completion) if letter in "aeiou"), len(completion))
+        return [(i + 1, i < slip) for i in range(min(slip + 1, len(completion)))]
 
 
 def main(out: str) -> None:
@@ -44,12 +58,13 @@ def main(out: str) -> None:
             torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]])
         )
     )
-    for name, loss in LOSSES.items():
+    for name, settings in CONFIGS.items():
         # All processes but the first begin elsewhere: they must take over its weights.
         model = tiny_model(seed=accelerator.process_index)
         gradients.clear()
-        history = grpo(model, TOKENIZER, TASK, replace(CONFIG, loss=loss), reward=WholeText(TASK),
-                       accelerator=accelerator, progress=False)  # fmt: skip
+        task = InSteps.draw("train", 12, 0, True) if settings.credit == "step" else TASK
+        reward = (Letters if settings.credit == "step" else WholeText)(task)
+        history = grpo(model, TOKENIZER, task, settings, reward=reward, accelerator=accelerator, progress=False)
         record(name, history, model, gradients)
     model, task = tiny_model(seed=accelerator.process_index), load_task("letter_counting", "train", 5)
     gradients.clear()
