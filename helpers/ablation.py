@@ -35,6 +35,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "mean divided by": ("grpo.scale=mean",),
     "an advantage a step": ("grpo.credit=step",),
     "a step, by the mean": ("grpo.credit=step", "grpo.scale=mean"),
+    "steps paid": ("reward.correct=0", "reward.steps=0.85"),
     "G = 3": ("grpo.group_size=3", "grpo.questions_per_rollout=96"),
     "G = 12": ("grpo.group_size=12", "grpo.questions_per_rollout=24"),
     "temperature 0.7": ("grpo.temperature=0.7",),

@@ -112,11 +112,13 @@ def checkup() -> list[Finding]:
     ]
 
 
-def verdict(minutes: float, smollm2: bool, findings: Sequence[Finding], step: float) -> str:
-    """Whether a notebook, so many minutes long on the usual machine, runs here, and for how long; step: `step_time`."""
+def verdict(minutes: float, peak: float, smollm2: bool, findings: Sequence[Finding], step: float) -> str:
+    """Whether a notebook runs here, and for how long. minutes: on the usual machine; peak: GB; step: `step_time`."""
     for f in findings:
         if f.stops == "all" or (f.stops == "smollm2" and smollm2):
             return f"no: {f.what}, {f.meaning}"
+        if f.what == "memory" and float(f.here.split()[0]) < peak:
+            return f"no: it needs {peak:.1f} GB of memory"
     download = smollm2 and any(f.what == "SmolLM2-135M" and f.meaning != "no download" for f in findings)
     guess = max(1, round(minutes * max(step / USUAL_STEP, 0.5)))  # a fast core does not make everything faster
     return f"yes, {guess} min" + (" and a download" if download else "")

@@ -64,8 +64,9 @@ def token_strip(rows: Sequence[tuple[str, Sequence[str], Sequence[str]]], keep: 
         ax.text(x + size / 2, top + 0.125, text, fontsize=9, family="monospace", ha="center", va="center",
                 bbox=backing)  # fmt: skip
         ax.text(x + size / 2, top + 0.33, letter, fontsize=8, ha="center", va="center", color="#444444")
-    handles = [Patch(facecolor=g, edgecolor=e, hatch=h, label=f"{n} ({m})") for n, (g, e, h, m) in TOKEN_KINDS.items()]
-    fig.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=9, frameon=False)
+    shown = {n: looks for n, looks in TOKEN_KINDS.items() if any(n in kinds for _, _, kinds in rows)}
+    handles = [Patch(facecolor=g, edgecolor=e, hatch=h, label=f"{n} ({m})") for n, (g, e, h, m) in shown.items()]
+    fig.legend(handles=handles, loc="lower center", ncols=max(1, len(handles)), fontsize=9, frameon=False)
     return fig
 
 

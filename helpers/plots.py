@@ -67,6 +67,8 @@ def training_curves(metrics: Sequence[Mapping[str, float]]) -> Figure:
         ax.plot(steps, values, ".", color=colour, alpha=0.35, markersize=4)
         ax.plot(steps, smooth(values), color=colour, linewidth=2)
         ax.set(title=title, xlabel="step", ylim=(0, None))
+    for ax in (left, middle, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
 
 

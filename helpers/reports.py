@@ -150,7 +150,8 @@ def diagnosis(run: Run) -> list[str]:
 
 
 def _while_training(run: Run, steps: Sequence[Mapping[str, float]]) -> list[str]:
-    told, k = [], max(1, min(10, len(steps) // 5))
+    told, k, window = [], max(1, min(10, len(steps) // 5)), min(10, max(3, len(steps) // 3))
+    some = f"{k} steps" if k > 1 else "step"
     if all(m["reward"] == 0 for m in steps):
         return [f"Every reward in {len(steps)} steps is 0: no response beats its group, so nothing can be learned."]
     keys = ("reward", "no_signal", "length", "entropy")
@@ -158,18 +159,19 @@ def _while_training(run: Run, steps: Sequence[Mapping[str, float]]) -> list[str]
     trend = linregress([m["step"] for m in steps], [m["reward"] for m in steps]) if len(steps) > 2 else None
     clear = trend is not None and trend.pvalue < 0.05  # where no reward differs from another, p is nan
     if not clear or trend.slope < 0:
-        ends = f"(first {k} steps {first['reward']:.2f}, last {k} {last['reward']:.2f})"
-        told.append(f"The reward {'fell' if clear else 'stayed flat'} {ends}.")
+        ends = f"(first {some} {first['reward']:.2f}, last {some} {last['reward']:.2f})"
+        told.append(f"The reward {'fell' if clear else 'has no clear trend'} {ends}.")
     if last["no_signal"] > 0.5:
         state, share = "has stopped" if last["no_signal"] > 0.95 else "has slowed down", 100 * last["no_signal"]
-        told.append(f"Learning {state}: {share:.0f} % of the groups of the last {k} steps carry no signal.")
-    late = [s for s in run.records("samples") if s["stage"] == "grpo" and s["step"] > steps[-1]["step"] - 10]
+        told.append(f"Learning {state}: {share:.0f} % of the groups of the last {some} carry no signal.")
+    late = [s for s in run.records("samples") if s["stage"] == "grpo" and s["step"] > steps[-1]["step"] - window]
     answers = Counter((extract_answer(s["completion"]) or "none").lower() for s in late).most_common(1)
     if len({s["truth"] for s in late}) > 1 and answers[0][1] >= 0.95 * len(late):
-        share = f"{100 * answers[0][1] / len(late):.0f} % of the responses kept from the last 10 steps"
+        share = f"{100 * answers[0][1] / len(late):.0f} % of the responses kept from the last {window} steps"
         told.append(f"It gives one answer to everything: {share} say “{answers[0][0]}”, whatever the question.")
-        told.append(f"The entropy hides that: {first['entropy']:.2f} at first, {last['entropy']:.2f} nats at last.")
-    elif last["entropy"] < 0.3 * first["entropy"]:
+        if last["entropy"] > 0.5 * first["entropy"]:
+            told.append(f"The entropy hides that: {first['entropy']:.2f} at first, {last['entropy']:.2f} nats at last.")
+    if last["entropy"] < 0.3 * first["entropy"]:
         told.append(f"The entropy fell from {first['entropy']:.3f} to {last['entropy']:.3f} nats: little new is tried.")
     if abs(last["length"] / first["length"] - 1) > 0.2:
         told.append(f"Responses went from {first['length']:.0f} to {last['length']:.0f} tokens: read why.")

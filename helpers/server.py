@@ -39,7 +39,8 @@ class Server:
             --logprobs-mode processed_logprobs --enable-lora --max-lora-rank 32 --enable-prefix-caching
 
     The mode matters: vLLM's default gives log-probs at temperature 1, whatever the temperature, and no reply shows it;
-    `grpo` does, in sampler_ratio. A seed gives the same responses only as far as the server's kernels repeat them.
+    `grpo` warns of a large error in its first step. A seed gives the same responses only as far as the server's
+    kernels repeat them.
     """
 
     base_url: str

@@ -130,7 +130,7 @@ class Syllogism(Task):
     """reasoning-gym's `syllogism`: does the third statement follow from the first two?
 
     Labels are recomputed by brute force (`logic.follows`) under existential import: every kind that is named
-    has members. The stock labels, 12 % of them wrong, stay in metadata["stock_label"]. Balanced: as many Yes
+    has members. The stock labels, about 11 % of them wrong, stay in metadata["stock_label"]. Balanced: as many Yes
     as No, give or take one; otherwise the stock mix.
     """
 

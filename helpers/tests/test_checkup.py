@@ -85,20 +85,22 @@ def test_weights_not_on_disk_name_the_size_of_the_download(hub, size):
 
 @pytest.mark.parametrize(("step", "minutes"), [(0.1, 3), (0.105, 3), (0.2, 6), (0.001, 2)])
 def test_a_verdict_scales_the_minutes_but_never_below_half(step, minutes):
-    assert verdict(3, True, FINE, step) == f"yes, {minutes} min"
+    assert verdict(3, 2.5, True, FINE, step) == f"yes, {minutes} min"
 
 
 def test_a_verdict_says_no_with_the_reason_where_something_stops_the_notebook():
     small, old = c.check_memory(2.0), c.check_python("3.9.1")
-    assert verdict(3, True, [*FINE, small], 0.1).startswith("no: memory, too little")
-    assert verdict(3, False, [*FINE, small], 0.1) == "yes, 3 min"
-    assert verdict(3, False, [old], 0.1) == "no: Python, too old: install Python 3.11"
+    assert verdict(3, 2.5, True, [*FINE, small], 0.1).startswith("no: memory, too little")
+    assert verdict(3, 1.0, False, [*FINE, small], 0.1) == "yes, 3 min"
+    assert verdict(1, 5.0, True, [*FINE, c.check_memory(4.0)], 0.1) == "no: it needs 5.0 GB of memory"
+    assert verdict(1, 4.0, True, [*FINE, c.check_memory(4.0)], 0.1) == "yes, 1 min"
+    assert verdict(3, 1.0, False, [old], 0.1) == "no: Python, too old: install Python 3.11"
 
 
 def test_a_download_is_announced_only_where_the_weights_are_used():
     findings = [check_weights(False, lambda: True)]
-    assert verdict(2, True, findings, 0.1) == "yes, 2 min and a download"
-    assert verdict(2, False, findings, 0.1) == "yes, 2 min"
+    assert verdict(2, 2.5, True, findings, 0.1) == "yes, 2 min and a download"
+    assert verdict(2, 1.0, False, findings, 0.1) == "yes, 2 min"
 
 
 def test_the_first_of_the_timed_runs_does_not_count():

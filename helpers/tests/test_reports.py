@@ -166,8 +166,8 @@ def test_a_table_of_responses_shows_what_was_written_and_no_mark_up_of_it(tmp_pa
 
 FAULTS = {
     "every reward 0": (dict(rewards=(0, 0)), ["Every reward in 20 steps is 0"]),
-    "flat": (dict(rewards=(0.5, 0.5)), ["The reward stayed flat (first 4 steps 0.50, last 4 0.50)"]),
-    "fell": (dict(rewards=(0.7, 0.3)), ["The reward fell (first 4 steps 0.67, last 4 0.33)"]),
+    "flat": (dict(rewards=(0.5, 0.5)), ["The reward has no clear trend (first 4 steps 0.50, last 4 steps 0.50)"]),
+    "fell": (dict(rewards=(0.7, 0.3)), ["The reward fell (first 4 steps 0.67, last 4 steps 0.33)"]),
     "slow": (dict(no_signal=0.6), ["Learning has slowed down: 60 % of the groups of the last 4 steps"]),
     "stopped": (dict(no_signal=1.0), ["Learning has stopped: 100 %"]),
     "constant": (dict(answers=("yes", "Yes")), ["one answer to everything: 100 %", "0.10 at first, 0.08 nats at last"]),
@@ -179,6 +179,7 @@ FAULTS = {
     "muddled": (dict(sound=(30, 35)), ["Right answers rose by 30 points, right derivations by 5"]),
     "shape": (dict(task="propositional_logic", said=("(P → Q)", "(P ∨ Q)")), ["One shape: 100 %"]),
     "not examined": (dict(evaluated=("sft",), sampled=(70, 0)), ["It ended at step 20 without an evaluation"]),
+    "at once": (dict(steps=4, rewards=(0.5, 0.5)), ["The reward has no clear trend (first step 0.50, last step 0.50)"]),
     "no loop": (dict(steps=0, evaluated=("sft",), sampled=(70, 0)), ["warm-up alone"]),
 }
 
@@ -203,12 +204,17 @@ def test_each_fault_is_named_and_nothing_else(fault, tmp_path):
         ("smollm2-135m-no-warm-up-gpu-seed0", ["Every reward in 15 steps is 0", "not clearly above"]),
         (
             "smollm2-135m-syllogism-seed0",
-            ["stayed flat", "slowed down", "Greedy accuracy fell", "Sampled accuracy"],
+            ["no clear trend", "slowed down", "Greedy accuracy fell", "Sampled accuracy"],
         ),
         (
             "smollm2-135m-syllogism-derivation-unstratified-fast-seed1",
-            ["stayed flat", "slowed down", "say “no”", "hides", "without an eval"],
+            ["no clear trend", "slowed down", "say “no”", "entropy fell", "without an eval"],
         ),
+        (
+            "smollm2-135m-syllogism-derivation-unstratified-seed0",  # 14 steps, one answer from the ninth on
+            ["no clear trend", "slowed down", "say “yes”", "hides", "without an eval"],
+        ),
+        ("smollm2-135m-syllogism-once-fast-seed1", ["no clear trend", "last step", "say “yes”", "hides", "without an"]),
         ("pocket-letter-counting-seed1", ["slowed down", "right derivations by 1"]),
         ("smollm2-135m-propositional-gpu-seed1", ["slowed down", "right derivations by 8", "only join letters"]),
     ],
