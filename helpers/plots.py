@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6b6b6b"  # Okabe and Ito's palette
 SIGNED = LinearSegmentedColormap.from_list("blame to praise", [ORANGE, "white", BLUE])
@@ -290,23 +291,24 @@ def ratio_paths(panels: Sequence[tuple[str, Sequence[str], Any, Any]], low: floa
 def benchmark_bars(result: Mapping[str, Any]) -> Figure:
     """Rollouts and whole steps beside the limit, how a step's time grows, and memory; input: `benchmark.benchmark`."""
     fig, axes = figure(13.0, 3.6, columns=3)
-    names = {"transformers_generate": "transformers\ngenerate", "ours_rollouts": "our\nrollouts",
-             "trl_step": "TRL\nstep", "ours_step": "our\nstep"}  # fmt: skip
+    names = {"transformers_generate": "\ngenerate", "transformers_batching": "continuous\nbatching",
+             "ours_rollouts": "our\nrollouts", "trl_step": "TRL\nstep", "ours_step": "our\nstep"}  # fmt: skip
     bars = axes[0]
     for offset, (dtype, found) in zip((-0.19, 0.19), result["dtypes"].items(), strict=False):
         for place, name in enumerate(names):
-            if "seconds" not in found[name]:
+            if "seconds" not in found.get(name, {}):
                 continue
             seconds, colour = found[name]["seconds"], ORANGE if dtype == "float32" else BLUE
             hatch = "//" if dtype == "float32" else None
             bars.bar(place + offset, seconds, 0.36, color=colour, hatch=hatch, edgecolor="black", linewidth=0.6,
                      label=dtype if place == 0 else None)  # fmt: skip
-            bars.annotate(f"{seconds:.1f}", (place + offset, seconds), (0, 2), textcoords="offset points", ha="center",
-                          fontsize=8)  # fmt: skip
+            told = f"{seconds:.1f}" if seconds < 100 else f"{seconds:.0f}"
+            bars.annotate(told, (place + offset, seconds), (0, 2), textcoords="offset points", ha="center", fontsize=7)
             limit = found["limits"]["rollouts"] + (found["limits"]["update"] if name.endswith("step") else 0)
             bars.plot([place + offset - 0.18, place + offset + 0.18], [limit, limit], color="black", linewidth=2)
-    bars.set_xticks(range(len(names)), names.values(), fontsize=9)
+    bars.set_xticks(range(len(names)), names.values(), fontsize=8.5)
     bars.set(ylabel="seconds", title="Time for the same work; black line: the limit")
+    bars.set_ylim(0, 1.06 * bars.get_ylim()[1])
     bars.legend(fontsize=9)
     labels = {"group_size": "responses a question, G", "length": "tokens a response",
               "prompt_length": "tokens a prompt"}  # fmt: skip
@@ -315,7 +317,10 @@ def benchmark_bars(result: Mapping[str, Any]) -> Figure:
         axes[1].plot(values / values[0], seconds / seconds[0], marker=marker, color=colour, label=labels[name])
     axes[1].plot([1, 16], [1, 16], color=GREY, linestyle="--", label="in proportion")
     axes[1].set(xscale="log", yscale="log", xlabel="size, times the smallest", ylabel="time, times the smallest",
-                title="How a step's time grows")  # fmt: skip
+                title="How a step's time grows", xticks=(1, 2, 4, 8, 16), yticks=(1, 2, 4, 8, 16))  # fmt: skip
+    for axis in (axes[1].xaxis, axes[1].yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
     axes[1].legend(fontsize=8)
     memory = [(names[n].replace("\n", " "), d, f[n]["peak_bytes"] / 2**30) for d, f in result["dtypes"].items()
               for n in ("trl_step", "ours_step") if "seconds" in f[n]]  # fmt: skip
