@@ -49,6 +49,7 @@ def trl_config(config: "GRPOConfig", **more: Any):
         "questions drawn by their answers (leave out stratified)": config.stratified,
         "advantages divided by the mean reward (set scale to group)": config.scale == "mean",
         "an advantage a step (leave out credit)": config.credit == "step",
+        "a temperature that changes (leave out later_temperature)": config.later_temperature is not None,
         "the population std (set std_ddof to 1)": config.std_ddof == 0,
         "a KL that is measured only (leave out measure_kl, or set beta above 0)": config.measure_kl and not loss.beta,
         f"updates of unequal size {uneven}": rows % (mini * accumulated) != 0,

@@ -39,6 +39,8 @@ class GRPOConfig:
     steps: 0 leaves the loop out. stratified: a step asks as many questions of each true answer, see `questions_of`.
     credit: "response" gives all tokens of a response the advantage of its reward; "step" gives the tokens of each step
     of its thinking an advantage of their own, see `step_advantages`, in which the reward has no part.
+    later_temperature: that of the steps after step `later_after`, once the policy has become sure, so that it goes on
+    trying (POLARIS, An et al. 2025, raises it stage by stage); None keeps `temperature`.
     measure_kl logs the KL to the reference model (the policy the loop starts from) even where beta is 0.
     """
 
@@ -52,6 +54,8 @@ class GRPOConfig:
     gradient_accumulation: int = 12
     learning_rate: float = 1e-5
     temperature: float = 0.7
+    later_temperature: float | None = None
+    later_after: int = 0
     top_p: float = 0.95
     max_new_tokens: int = 300
     credit: str = "response"
@@ -65,20 +69,27 @@ class GRPOConfig:
 
     def __post_init__(self) -> None:
         whole = ("steps", "questions_per_rollout", "buffer_size", "updates_per_buffer", "minibatch_size",
-                 "gradient_accumulation", "max_new_tokens", "checkpoint_every")  # fmt: skip
+                 "gradient_accumulation", "max_new_tokens", "checkpoint_every", "later_after")  # fmt: skip
         for name in whole:
-            least = int(name != "steps")
+            least = int(name not in ("steps", "later_after"))
             if getattr(self, name) < least:
                 raise ValueError(f"grpo.{name} must be {least} or more, not {getattr(self, name)}.")
         if self.group_size < 2:
             raise ValueError(f"grpo.group_size must be 2 or more: one response has no group, not {self.group_size}.")
         if not (self.temperature > 0 and 0 < self.top_p <= 1 and self.learning_rate > 0 and self.max_grad_norm > 0):
             raise ValueError("grpo needs temperature, learning_rate and max_grad_norm above 0, and 0 < top_p <= 1.")
+        if self.later_temperature is not None and not self.later_temperature > 0:
+            raise ValueError(f"grpo.later_temperature must be above 0, or null, not {self.later_temperature}.")
         group_advantages(torch.zeros(1, 2), scale=self.scale, std_ddof=self.std_ddof)  # says what is wrong with these
         if self.credit not in CREDITS:
             raise ValueError(unknown("grpo.credit", self.credit, CREDITS))
         if self.credit == "step" and (self.scale == "batch" or self.loss.importance == "sequence"):
             raise ValueError("grpo.credit=step needs a scale of group, none or mean, and an importance of token.")
+
+    def at(self, step: int) -> "GRPOConfig":
+        """The settings of a step, counted from 0: those with the temperature it has."""
+        later = self.later_temperature is not None and step >= self.later_after
+        return replace(self, temperature=self.later_temperature) if later else self
 
     @property
     def every_row(self) -> bool:
@@ -394,33 +405,33 @@ def grpo(
     history, watch = [], Watch(run.records("metrics") if run else [])
     with progress_bar("GRPO", config.steps, done, progress) as bar, StopAfterStep(bar) as interrupt:
         for step in range(done, config.steps):
-            start = time.perf_counter()
+            start, now = time.perf_counter(), config.at(step)
             torch.manual_seed(seed * 1_000_003 + step)  # for LoRA's dropout, in a resumed run too
             if isinstance(sampler, Decoder | RemoteSampler):
                 sampler.refresh(policy)
             numbers = share(range(step * rollouts, (step + 1) * rollouts), accelerator)
-            mine = [collect(sampler, tokenizer, task, reward, config, number, seed) for number in numbers]
+            mine = [collect(sampler, tokenizer, task, reward, now, number, seed) for number in numbers]
             buffer, collected = Buffer(config.buffer_size), gathered(mine, accelerator)
             for some in collected:
                 buffer.add(some.experiences)
             sampled = time.perf_counter()
-            first = agreement(policy, collected[0], config, accelerator) if step == done else {}
+            first = agreement(policy, collected[0], now, accelerator) if step == done else {}
             policy.train()
             if not on_policy:
                 used = [i for i, e in enumerate(buffer.experiences) if config.every_row or e.has_signal]
-                old = score(policy, [buffer.experiences[i] for i in used], config, accelerator)
+                old = score(policy, [buffer.experiences[i] for i in used], now, accelerator)
                 for i, logprobs in zip(used, old, strict=True):
                     buffer.experiences[i] = replace(buffer.experiences[i], old_logprobs=logprobs)
             if config.loss.beta > 0 or config.measure_kl:
                 current = {k: v.clone() for k, v in trained_weights(policy).items()}
                 restore_weights(policy, reference)
-                ref = score(policy, buffer.experiences, config, accelerator)
+                ref = score(policy, buffer.experiences, now, accelerator)
                 restore_weights(policy, current)
                 buffer.experiences = [
                     replace(e, reference_logprobs=r) for e, r in zip(buffer.experiences, ref, strict=True)
                 ]
             try:
-                stats = learn(policy, optimizer, buffer, config, accelerator, seed=seed * 1_000_003 + step)
+                stats = learn(policy, optimizer, buffer, now, accelerator, seed=seed * 1_000_003 + step)
             except NotFinite as error:
                 raise error.kept(run, "grpo", step + 1, tokenizer) from None
             policy.eval()

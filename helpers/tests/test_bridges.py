@@ -95,10 +95,10 @@ def test_no_setting_is_forgotten(tmp_path):
     base = replace(OTHER, loss=LossConfig())
     other = {f.name: getattr(OTHER, f.name) for f in fields(GRPOConfig)} | {
         "questions_per_rollout": 3, "buffer_size": 96, "std_ddof": 0, "measure_kl": True, "scale": "none",
-        "stratified": True, "credit": "step",
+        "stratified": True, "credit": "step", "later_temperature": 1.3,
     }  # fmt: skip
     for f in fields(GRPOConfig):
-        if f.name != "loss":
+        if f.name not in ("loss", "later_after"):  # the second without later_temperature, which is refused, is idle
             start = replace(GRPOConfig(), updates_per_buffer=2)
             assert other[f.name] != getattr(start, f.name), f.name
             assert told(replace(start, **{f.name: other[f.name]})) != told(start), f.name
@@ -116,6 +116,7 @@ def test_no_setting_is_forgotten(tmp_path):
         ({"steps": 0}, "without steps"),
         ({"stratified": True}, "leave out stratified"),
         ({"credit": "step"}, "leave out credit"),
+        ({"later_temperature": 1.3}, "leave out later_temperature"),
         ({"scale": "mean"}, "set scale to group"),
         ({"minibatch_size": 20}, "48 responses a step, 20 a minibatch"),
         ({"gradient_accumulation": 2}, "unequal size"),

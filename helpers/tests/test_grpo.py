@@ -24,7 +24,7 @@ from helpers.pocket import pocket_tokenizer
 from helpers.prompts import completion
 from helpers.rewards import Reward
 from helpers.rollout import Response
-from helpers.runs import trained_weights
+from helpers.runs import Run, trained_weights
 from helpers.tasks import Example, Task, load_task
 from helpers.tests.conftest import no_decoder
 
@@ -85,6 +85,22 @@ SMALL = GRPOConfig(
 
 def train(model, config=SMALL, **more):
     return grpo(model, TOKENIZER, TASK, config, reward=WholeText(TASK), progress=False, **more)
+
+
+def test_from_some_step_on_a_run_is_one_of_another_temperature(tmp_path):
+    """As if it had been stopped there and gone on with that temperature; not before, and not in part."""
+    whole = tiny_model()
+    history = train(whole, replace(SMALL, steps=4, later_temperature=1.3, later_after=2))
+    parts, run = tiny_model(), Run(tmp_path)
+    stopped = train(parts, replace(SMALL, steps=2, checkpoint_every=2), run=run)
+    went_on = train(parts, replace(SMALL, steps=4, temperature=1.3), run=run)
+    for mine, theirs in zip(history, [*stopped, *went_on], strict=True):
+        timed = {"tokens_per_second", "seconds_sampling", "seconds_learning"}
+        assert {k: mine[k] for k in FIELDS - timed} == {k: theirs[k] for k in FIELDS - timed}
+    assert all(map(torch.equal, whole.parameters(), parts.parameters()))
+    as_before = tiny_model()
+    train(as_before, replace(SMALL, steps=4))
+    assert not all(map(torch.equal, whole.parameters(), as_before.parameters()))
 
 
 # --- the update, against a plain computation ---
@@ -634,6 +650,8 @@ def test_the_same_seed_gives_the_same_run_and_another_another():
         )),
         ({"steps": -1}, r"^grpo\.steps must be 0 or more, not -1\.$"),
         ({"group_size": 1}, r"^grpo\.group_size must be 2 or more: one response has no group, not 1\.$"),
+        ({"later_temperature": 0.0}, r"^grpo\.later_temperature must be above 0, or null, not 0\.0\.$"),
+        ({"later_after": -1}, r"^grpo\.later_after must be 0 or more, not -1\.$"),
         ({"temperature": 0.0}, "temperature, learning_rate and max_grad_norm above 0"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"top_p": 1.1}, "0 < top_p <= 1"),
