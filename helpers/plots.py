@@ -290,8 +290,8 @@ def ratio_paths(panels: Sequence[tuple[str, Sequence[str], Any, Any]], low: floa
 
 def benchmark_bars(result: Mapping[str, Any]) -> Figure:
     """Rollouts and whole steps beside the limit, how a step's time grows, and memory; input: `benchmark.benchmark`."""
-    fig, axes = figure(13.0, 3.6, columns=3)
-    names = {"transformers_generate": "\ngenerate", "transformers_batching": "continuous\nbatching",
+    fig, axes = figure(15.0, 3.6, columns=3)
+    names = {"transformers_generate": "transformers\ngenerate", "transformers_batching": "transformers\nbatching",
              "ours_rollouts": "our\nrollouts", "trl_step": "TRL\nstep", "ours_step": "our\nstep"}  # fmt: skip
     bars = axes[0]
     for offset, (dtype, found) in zip((-0.19, 0.19), result["dtypes"].items(), strict=False):
@@ -306,7 +306,7 @@ def benchmark_bars(result: Mapping[str, Any]) -> Figure:
             bars.annotate(told, (place + offset, seconds), (0, 2), textcoords="offset points", ha="center", fontsize=7)
             limit = found["limits"]["rollouts"] + (found["limits"]["update"] if name.endswith("step") else 0)
             bars.plot([place + offset - 0.18, place + offset + 0.18], [limit, limit], color="black", linewidth=2)
-    bars.set_xticks(range(len(names)), names.values(), fontsize=8.5)
+    bars.set_xticks(range(len(names)), names.values(), fontsize=8)
     bars.set(ylabel="seconds", title="Time for the same work; black line: the limit")
     bars.set_ylim(0, 1.06 * bars.get_ylim()[1])
     bars.legend(fontsize=9)

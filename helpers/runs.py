@@ -193,7 +193,8 @@ class Run:
             else:
                 shutil.rmtree(path, ignore_errors=True)
         for stage in STAGES:
-            newest, folders = self.newest(stage), self._folders(stage)
+            folders = self._folders(stage)
+            newest = self.newest(stage) if len(folders) > 1 else None  # which reads all of it
             for older in folders[: folders.index(newest["folder"])] if newest else ():
                 shutil.rmtree(older, ignore_errors=True)
         for path in self.folder.glob("*.jsonl"):

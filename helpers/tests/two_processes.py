@@ -40,7 +40,7 @@ class Letters(WholeText):
 
 
 def main(out: str) -> None:
-    """Train a tiny model with each loss, and warm one up; the first process writes gradients and weights to `out`."""
+    """Train a tiny model as each of `CONFIGS` says, and warm one up; the first process writes what came of it."""
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     found: dict[str, torch.Tensor] = {}
