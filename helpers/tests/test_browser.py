@@ -73,7 +73,8 @@ def chromium():
 def lab(tmp_path_factory):
     """The address of a JupyterLab on this machine alone, behind a token, over copies without outputs: (page, url)."""
     home = tmp_path_factory.mktemp("lab")
-    (home / "notebooks").mkdir()
+    # All of the folder: a notebook may read what lies beside it.
+    shutil.copytree(ROOT / "notebooks", home / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs"))
     (home / "helpers").symlink_to(ROOT / "helpers")
     for path in NOTEBOOKS:
         notebook = nbformat.read(path, as_version=4)

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -417,8 +418,10 @@ def test_a_damaged_checkpoint_is_told_in_one_sentence_and_the_last_good_one_used
     os.rename(older, run.folder / "aside")
     update(model, optimizer, 2)
     run.save_checkpoint("grpo", 2, model, optimizer)
-    os.rename(run.folder / "aside", older)
+    shutil.copytree(run.folder / "aside", older)
     assert run.resume("grpo", *new_model(), say=said.append) == 2 and said == []
+    assert not older.exists()  # to resume ends a deletion that was cut off
+    os.rename(run.folder / "aside", older)
     newest = run.folder / "checkpoints" / "grpo-000002"
     (newest / "model.safetensors").write_bytes((newest / "model.safetensors").read_bytes()[:-1])
     assert run.resume("grpo", *new_model(), say=said.append) == 1
