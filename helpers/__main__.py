@@ -1,6 +1,7 @@
 """The command line: python -m helpers COMMAND; `python -m helpers --help` lists the commands."""
 
 import argparse
+import json
 import sys
 from dataclasses import fields
 from functools import partial
@@ -51,8 +52,11 @@ def parser() -> argparse.ArgumentParser:
         some.add_argument("--max-new-tokens", type=int, default=300)
         some.add_argument("--seed", type=int, default=0, help="of the sampling")
     evaluate.add_argument("--size", type=int, default=300, help="held-out questions")
+    evaluate.add_argument("--questions", type=int, default=0, metavar="DRAW",
+                          help="another number draws other held-out questions; 0: those of `train`")  # fmt: skip
     evaluate.add_argument("--samples", type=int, default=1, help="responses a question, for pass@k")
     evaluate.add_argument("--unbalanced", action="store_true", help="the task's stock mix of answers")
+    evaluate.add_argument("--out", type=Path, help="a new JSON Lines file for every answer to every question")
 
     results = command("results", "A table of the accuracies that runs have logged, and what GRPO changed in each.")
     results.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder")
@@ -112,9 +116,10 @@ def load_target(target: str, adapter: Path | None = None):
         model, tokenizer = start_model(recipe)
         if run.load_weights(model, stage or None) is None:
             raise ValueError(f"{folder} has no checkpoint{f' of stage {stage}' if stage else ''} yet.")
+        model.eval()
         if recipe.sampler_dtype:  # what the run itself samples and evaluates with
             model = sampling_copy(model, getattr(torch, recipe.sampler_dtype))
-        return model.eval(), tokenizer, recipe.task
+        return model, tokenizer, recipe.task
     if Path(folder).exists():
         raise ValueError(f"{folder} holds no run: it has no config.yaml.")
     model, tokenizer = load_model(target)
@@ -141,18 +146,24 @@ def run_train(args: argparse.Namespace) -> None:
 def run_evaluate(args: argparse.Namespace) -> None:
     """`evaluate`."""
     from helpers.evaluate import evaluate, mcnemar, report
+    from helpers.runs import write_atomically
     from helpers.tasks import load_task
 
-    results = []
+    if args.out:
+        if args.out.exists():
+            raise ValueError(f"{args.out} exists: choose another --out, or delete it.")
+        args.out.parent.mkdir(parents=True, exist_ok=True)  # now, not when the work is done
+    results, answers = [], []
     for target in args.targets:
         model, tokenizer, name = load_target(target, args.adapter)
         name = args.task or name or "syllogism"
-        task = load_task(name, "test", args.size, balanced=not args.unbalanced)
+        task = load_task(name, "test", args.size, seed=args.questions, balanced=not args.unbalanced)
         result = evaluate(
             model, tokenizer, task, temperature=args.temperature, samples=args.samples,
             max_new_tokens=args.max_new_tokens, seed=args.seed,
         )  # fmt: skip
         results.append((name, result))
+        answers += [{"target": target, **record} for record in result.records]
         summary = result.summary()
         print(f"{target} on {name}: {report(summary)}")
         if args.samples > 1:
@@ -160,6 +171,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
         if summary["balanced_accuracy"] is not None:
             shares = ", ".join(f"{a!r} {100 * share:.0f} %" for a, share in summary["answers"].items())
             print(f"  balanced accuracy {100 * summary['balanced_accuracy']:.1f} %; answers: {shares}")
+    if args.out:
+        write_atomically(args.out, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     # Several responses to one question are not independent, so the test is for one each.
     if len(results) == 2 and results[0][0] == results[1][0] and args.samples == 1:
         test = mcnemar(results[0][1].right, results[1][1].right)
@@ -199,8 +212,9 @@ def run_results(args: argparse.Namespace) -> None:
     for folder in args.folders:
         run = Run.open(folder)
         for decoding in ("greedy", "sampled"):
-            if any(e["stage"] == "grpo" and e["decoding"] == decoding for e in run.records("eval")):
-                print(f"\n{run.folder.name}: {compare(run, 'sft', 'grpo', decoding)}", end="")
+            stages = [e["stage"] for e in run.records("eval") if e["decoding"] == decoding]
+            if "grpo" in stages[1:]:  # against the warm-up, or where a run had none, the model as it came
+                print(f"\n{run.folder.name}: {compare(run, *stages[-2:], decoding)}", end="")
     print()
 
 
@@ -248,8 +262,12 @@ def run_ablation(args: argparse.Namespace) -> None:
 
     if args.seeds < 1 or args.workers < 1:
         raise ValueError("--seeds and --workers are 1 or more.")
-    records = ablate(args.out, range(args.seeds), args.variants or tuple(VARIANTS), args.workers,
-                     settings=args.settings, say=partial(print, file=sys.stderr, flush=True))  # fmt: skip
+    try:
+        records = ablate(args.out, range(args.seeds), args.variants or tuple(VARIANTS), args.workers,
+                         settings=args.settings, say=partial(print, file=sys.stderr, flush=True))  # fmt: skip
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        raise SystemExit(130) from None
     print(ablation_table(records))
 
 

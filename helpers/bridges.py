@@ -42,17 +42,21 @@ def trl_config(config: "GRPOConfig", **more: Any):
     mini = min(config.minibatch_size, rows)
     accumulated = min(config.gradient_accumulation, max(1, rows // mini))
     even = math.lcm(group, config.minibatch_size * config.gradient_accumulation)
+    unequal = rows % (mini * accumulated) != 0
+    whole = -(-rows // even) * even if unequal else rows  # a size of the buffer that TRL can divide
     uneven = (f"({rows} responses a step, {mini} a minibatch, {accumulated} of these an update; set buffer_size to "
-              f"{-(-rows // even) * even}, a multiple of {even})")  # fmt: skip
+              f"{whole}, a multiple of {even})")  # fmt: skip
     lacking = {
         "a loop without steps": config.steps == 0,
         "questions drawn by their answers (leave out stratified)": config.stratified,
         "advantages divided by the mean reward (set scale to group)": config.scale == "mean",
+        f"the std over each of several rollouts (set scale to group, or questions_per_rollout to "
+        f"{whole // config.group_size})": config.scale == "batch" and rows > group,
         "an advantage a step (leave out credit)": config.credit == "step",
         "a temperature that changes (leave out later_temperature)": config.later_temperature is not None,
         "the population std (set std_ddof to 1)": config.std_ddof == 0,
         "a KL that is measured only (leave out measure_kl, or set beta above 0)": config.measure_kl and not loss.beta,
-        f"updates of unequal size {uneven}": rows % (mini * accumulated) != 0,
+        f"updates of unequal size {uneven}": unequal,
         "a correction for any sampler but vLLM (pass use_vllm=True)": loss.correction and not more.get("use_vllm"),
     }
     if any(lacking.values()):

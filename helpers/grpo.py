@@ -2,7 +2,7 @@
 
 import time
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -119,10 +119,17 @@ class Collected:
 def check_fits(config: GRPOConfig, task: Task) -> None:
     """Raise ValueError, in one sentence, for what a task cannot have.
 
-    That is `stratified` where it lists no answers, and `credit` by the step where its derivations have no given steps.
+    That is `stratified` where it lists no answers or has some more often than others, so that in the end one alone is
+    left to ask for, and `credit` by the step where its derivations have no given steps.
     """
     if config.stratified and not task.classes:
         raise ValueError(f"{task.name} has no short list of answers: leave out grpo.stratified.")
+    if config.stratified:
+        counts = Counter(example.answer for example in task).values()
+        if max(counts) - min(counts) > 1:
+            raise ValueError(
+                f"{task.name}'s answers are not equally frequent: set balanced, or leave out grpo.stratified."
+            )
     if config.credit == "step" and not task.stepwise:
         raise ValueError(f"{task.name}'s derivations have no given steps: leave out grpo.credit.")
 
@@ -179,7 +186,10 @@ def collect(
     texts = [tokenizer.batch_decode([r.token_ids for r in g], skip_special_tokens=True) for g in responses]
     parts = [[reward.parts(text, e) for text in group] for group, e in zip(texts, examples, strict=True)]
     rewards = torch.tensor([[part["total"] for part in group] for group in parts])  # (Q, G)
-    advantages = group_advantages(rewards, scale=config.scale, std_ddof=config.std_ddof)  # (Q, G)
+    if config.credit == "response":
+        advantages = group_advantages(rewards, scale=config.scale, std_ddof=config.std_ddof)  # (Q, G)
+    else:
+        advantages = torch.zeros_like(rewards)  # the steps' stand in for them below
     experiences = [
         Experience(prompt, response.token_ids, advantage)
         for prompt, group, row in zip(prompts, responses, advantages.tolist(), strict=True)
@@ -402,7 +412,7 @@ def grpo(
     # A buffer used for one update is on-policy: the log-probs of that forward pass are the old ones as well.
     one_update = rollouts * per_rollout <= config.minibatch_size * config.gradient_accumulation
     on_policy = config.updates_per_buffer == 1 and one_update
-    history, watch = [], Watch(run.records("metrics") if run else [])
+    history, watch = [], Watch(run.records("metrics") if run else [], config.credit)
     with progress_bar("GRPO", config.steps, done, progress) as bar, StopAfterStep(bar) as interrupt:
         for step in range(done, config.steps):
             start, now = time.perf_counter(), config.at(step)

@@ -61,6 +61,9 @@ class NotFinite(RuntimeError):
         super().__init__(text or f"The {what} is no finite number.")
         self.what, self.experiences = what, list(experiences)
 
+    def __reduce__(self) -> tuple:  # how it comes back from another process
+        return NotFinite, (self.what, self.experiences, str(self))
+
     def kept(self, run: Any, stage: str, step: int, tokenizer: PreTrainedTokenizerBase) -> "NotFinite":
         """The same, saying where, with the responses written into the folder of the run, if there is one."""
         where = f"The {self.what} of {stage} step {step} is no finite number, so training stops before that update"
@@ -110,12 +113,14 @@ RATIOS = ("first_ratio_min", "first_ratio_max", "sampler_ratio_min", "sampler_ra
 class Watch:
     """Reads each step's metrics and returns, once each, what usually explains a run that goes nowhere, with its cure.
 
-    earlier: the metrics of steps before, for a run that is resumed; what was said then is not said again.
+    earlier: the metrics of steps before, for a run that is resumed; what was said then is not said again. credit: the
+    run's `grpo.credit`, which says what a group without signal is.
     """
 
     STEPS = 5  # in a row without signal
 
-    def __init__(self, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, earlier: Sequence[Mapping[str, Any]] = (), credit: str = "response") -> None:
+        self.equal = "equally right steps" if credit == "step" else "equal rewards"
         self.said: set[str] = set()
         self.silent = 0
         for record in earlier:
@@ -132,7 +137,7 @@ class Watch:
             "ratio": not all(0.5 <= ratio <= 2 for ratio in ratios),
         }
         sentences = {
-            "signal": f"For {self.STEPS} steps 90 % of the groups or more had equal rewards, which teach nothing: use "
+            "signal": f"For {self.STEPS} steps 90 % of the groups or more had {self.equal}, which teach nothing: use "
             "questions that are answered right about half the time, a larger group_size or more warm-up.",
             "format": f"Only {100 * record.get('format_rate', 1):.0f} % of the first responses have the format, so the "
             "reward is mostly blind to what they say: warm the model up on worked examples first (sft).",

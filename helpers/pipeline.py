@@ -133,7 +133,12 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, say=tqdm.write,
 
 
 def _evaluate_stage(run: Run, stage: str, model, tokenizer, test: Task, recipe: Recipe, say) -> None:
-    done = {r["decoding"] for r in run.records("eval") if r["stage"] == stage}  # by a run that was stopped later
+    step = (run.newest(stage) or {"step": 0})["step"]
+    # By a run that was stopped later. One that was made longer since then is another policy, and evaluated again.
+    kept = [r for r in run.records("eval") if r["stage"] != stage or r.get("step", step) == step]
+    if len(kept) < len(run.records("eval")):
+        run.write_records("eval", kept)
+    done = {r["decoding"] for r in kept if r["stage"] == stage}
     wanted = {"greedy": 0.0, "sampled": recipe.evaluation.temperature}
     sampler = model
     if recipe.sampler_dtype and done != wanted.keys():
@@ -146,7 +151,7 @@ def _evaluate_stage(run: Run, stage: str, model, tokenizer, test: Task, recipe: 
             max_new_tokens=recipe.evaluation.max_new_tokens,
         )  # fmt: skip
         run.write_records(f"evaluations/{stage}-{decoding}", result.records)
-        run.log("eval", {"stage": stage, "decoding": decoding, **result.summary()})
+        run.log("eval", {"stage": stage, "step": step, "decoding": decoding, **result.summary()})
         say(f"{stage:>4}: {report(result.summary())}")
 
 

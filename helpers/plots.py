@@ -49,16 +49,24 @@ def smooth(values: Sequence[float], window: int = 7) -> np.ndarray:
     return np.array([values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))])
 
 
+def reward_range(reward: np.ndarray) -> tuple[float, float]:
+    """The ends of a reward's scale: 0 and 1, or the least and the greatest mean reward where they go beyond.
+
+    A derivation paid for on top takes the total above 1, a length penalty below 0.
+    """
+    return float(reward.min(initial=0.0)), float(reward.max(initial=1.0))
+
+
 def training_curves(metrics: Sequence[Mapping[str, float]]) -> Figure:
     """Reward with its standard deviation, groups without signal, and entropy, by step; input: GRPO metrics records."""
     steps = [m["step"] for m in metrics]
     fig, (left, middle, right) = figure(11.0, 3.2, columns=3)
     reward, spread = (np.array([m[key] for m in metrics]) for key in ("reward", "reward_std"))
-    mean, half = smooth(reward), smooth(spread)
-    left.fill_between(steps, mean - half, np.minimum(mean + half, 1.0), color=BLUE, alpha=0.12, label="± 1 std")
+    mean, half, (low, high) = smooth(reward), smooth(spread), reward_range(reward)
+    left.fill_between(steps, mean - half, np.minimum(mean + half, high), color=BLUE, alpha=0.12, label="± 1 std")
     left.plot(steps, reward, ".", color=BLUE, alpha=0.35, markersize=4, label="one step")
     left.plot(steps, mean, color=BLUE, linewidth=2, label="mean of 7 steps")
-    left.set(title="Reward of the rollouts", xlabel="step", ylim=(0, 1.02))
+    left.set(title="Reward of the rollouts", xlabel="step", ylim=(1.02 * low, 1.02 * high))
     left.legend(loc="lower right", fontsize=8)
     for ax, key, colour, title in (
         (middle, "no_signal", ORANGE, "Share of groups without signal"),
@@ -333,9 +341,10 @@ def ablation_intervals(rows: Sequence[Mapping[str, Any]], limits: tuple[float, f
     """How far each variant ends from the baseline, with its 95 % interval over seeds; input: `against_baseline`'s rows.
 
     A filled dot: the interval leaves out 0. A triangle at the edge: the mean lies beyond `limits`, in points. The
-    baseline itself is the line at 0 and gets no row. Numbers stand on the right.
+    baseline itself is the line at 0 and gets no row, nor does a variant that it has no seed for. Numbers stand on the
+    right.
     """
-    rows = [row for row in rows if row["variant"] != "baseline"]
+    rows = [row for row in rows if row["variant"] != "baseline" and row["gain"] is not None]
     fig, ax = figure(8.6, 0.27 * len(rows) + 0.9)
     ax.grid(False)
     ax.axvline(0, color=GREY, linewidth=1.2)

@@ -16,7 +16,7 @@ from scipy.stats import linregress
 
 from helpers.drawings import visible
 from helpers.evaluate import mcnemar
-from helpers.plots import BLUE, GREEN, GREY, ORANGE, RED, STAGE_NAMES, figure, smooth, training_curves
+from helpers.plots import BLUE, GREEN, GREY, ORANGE, RED, STAGE_NAMES, figure, reward_range, smooth, training_curves
 from helpers.prompts import extract_answer
 from helpers.runs import Run
 
@@ -50,17 +50,25 @@ def evaluations(run: Run) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def reward_curves(runs: Mapping[str, Run]) -> Figure:
-    """Reward of the rollouts by step, a panel a run (1 to 4); the band is the standard deviation of single rewards."""
+    """Reward of the rollouts by step, a panel a run (1 to 4); the band is the standard deviation of single rewards.
+
+    All panels have one scale, so that they can be compared.
+    """
     fig, axes = figure(min(11.0, 1.2 + 2.6 * len(runs)), 3.0, columns=len(runs))
+    ends = []
     for ax, (name, run) in zip(np.atleast_1d(axes), runs.items(), strict=True):
         metrics = grpo_steps(run)
         steps, reward, spread = (np.array([m[key] for m in metrics]) for key in ("step", "reward", "reward_std"))
-        low, high = (np.clip(smooth(reward) + sign * smooth(spread), 0, 1) for sign in (-1, 1))
+        ends.append(reward_range(reward))
+        low, high = (np.clip(smooth(reward) + sign * smooth(spread), *ends[-1]) for sign in (-1, 1))
         ax.fill_between(steps, low, high, color=BLUE, alpha=0.15, linewidth=0, label="± 1 std")
         ax.plot(steps, reward, ".", color=BLUE, alpha=0.4, markersize=4, label="one step")
         ax.plot(steps, smooth(reward), color=BLUE, linewidth=2, label="mean of 7 steps")
         ax.set_title(name, fontsize=10)
-        ax.set(xlabel="step", ylim=(0, 1.02))
+        ax.set_xlabel("step")
+    lows, highs = zip(*ends, strict=True)
+    for ax in np.atleast_1d(axes):
+        ax.set_ylim(1.02 * min(lows), 1.02 * max(highs))
     np.atleast_1d(axes)[0].set_ylabel("reward")
     np.atleast_1d(axes)[0].legend(loc="lower right", fontsize=8)
     return fig
@@ -152,7 +160,7 @@ def diagnosis(run: Run) -> list[str]:
 def _while_training(run: Run, steps: Sequence[Mapping[str, float]]) -> list[str]:
     told, k, window = [], max(1, min(10, len(steps) // 5)), min(10, max(3, len(steps) // 3))
     some = f"{k} steps" if k > 1 else "step"
-    if all(m["reward"] == 0 for m in steps):
+    if all(m["reward"] == 0 and m["no_signal"] == 1 for m in steps):  # credit=step needs no reward
         return [f"Every reward in {len(steps)} steps is 0: no response beats its group, so nothing can be learned."]
     keys = ("reward", "no_signal", "length", "entropy")
     first, last = ({key: np.mean([m[key] for m in part]) for key in keys} for part in (steps[:k], steps[-k:]))

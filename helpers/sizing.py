@@ -118,7 +118,8 @@ def estimate(
     questions = min(g.questions_per_rollout, max(1, MAX_ROWS // g.group_size))  # at a time
     rows, p, room = questions * g.group_size, prompt_length, g.max_new_tokens
     token = 2 * m.layers * m.groups * m.width * size  # its keys and values
-    scores = 2 * size + 4 + 4 * (g.temperature != 1) + 8 * (g.top_p < 1)  # for one entry of the vocabulary
+    scaled = any(g.at(step).temperature != 1 for step in (0, g.steps - 1))  # a run has two temperatures at most
+    scores = 2 * size + 4 + 4 * scaled + 8 * (g.top_p < 1)  # for one entry of the vocabulary
     rollout = {"key/value cache": token * (questions * p + rows * room), "scores": scores * rows * m.vocabulary}
 
     rollouts = math.ceil(g.buffer_size / (g.questions_per_rollout * g.group_size))

@@ -32,6 +32,7 @@ class QuestionConfig(vf.TaskConfig):
     correct: float = 0.85
     format: float = 0.15
     derivation: float = 0.0
+    steps: float = 0.0
     length: float = 0.0
     length_target: int = 0
 

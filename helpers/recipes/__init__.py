@@ -97,6 +97,10 @@ class Recipe:
                 raise ValueError(unknown(key, value, allowed))
         if not (self.train_size >= 1 and self.threads >= 0 and 0 <= self.seed < 2**32):
             raise ValueError("A recipe needs a train_size of 1 or more, threads of 0 or more and 0 <= seed < 2**32.")
+        if self.grpo.scale == "mean" and self.grpo.credit == "response" and self.reward.length:
+            raise ValueError(
+                "grpo.scale=mean needs rewards of 0 or more: leave out reward.length, or set another scale."
+            )
         if self.server and not (self.lora and self.grpo.loss.correction):
             raise ValueError("A recipe with a server needs lora, which is what it is sent, and a grpo.loss.correction.")
         if self.server and self.grpo.top_p < 1:

@@ -1,6 +1,9 @@
 """Ablations: what is run, what is not run again, and the arithmetic of their table."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,9 @@ from scipy import stats
 
 from helpers import ablation
 from helpers.ablation import BASELINE, VARIANTS, ablate, ablation_table, against_baseline, mean_interval
+from helpers.hygiene import Stopped
 from helpers.recipes import load_recipe
+from helpers.runs import read_jsonl
 
 TINY = ("sft.traces=32", "sft.epochs=1", "grpo.steps=1", "train_size=96", "evaluation.size=6",
         "evaluation.max_new_tokens=4", "grpo.max_new_tokens=4")  # fmt: skip
@@ -93,3 +98,118 @@ def test_the_reward_of_the_settings_is_what_is_paid(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "grpo", lambda *_, reward, **__: paid.append(reward.config) or [])
     ablation._one("pocket", (*TINY, "sft.epochs=0", "reward.steps=0.5", "reward.correct=0"), BASELINE, 0, tmp_path)
     assert [(config.steps, config.correct) for config in paid] == [(0.5, 0.0)]
+
+
+def test_without_a_baseline_there_is_a_table_without_differences():
+    rows = [record("GSPO", s, 0.5) for s in range(3)]
+    [row] = against_baseline(rows)
+    assert [row[key] for key in ("gain", "gain_low", "gain_high", "differs")] == [None] * 4 and row["mean"] == 0.5
+    assert ablation_table(rows).splitlines()[2:] == ["| GSPO | 50.0 |  | no baseline | 3 |"]
+    elsewhere = ablation_table([*rows, record(BASELINE, 7, 0.9)])  # on no seed that GSPO has
+    assert elsewhere.splitlines()[2:] == ["| baseline | 90.0 |  |  | 1 |", "| GSPO | 50.0 |  | no baseline | 3 |"]
+    assert len(ablation_table([]).splitlines()) == 2
+
+
+def test_seeds_without_a_baseline_do_not_count_towards_three():
+    rows = [record("BNPO", s, 0.8) for s in range(4)] + [record(BASELINE, s, 0.9) for s in range(2)]
+    by_name = {row["variant"]: row for row in against_baseline(rows)}
+    assert by_name["BNPO"]["differs"] is None and by_name["BNPO"]["gain"] == pytest.approx(-0.1)
+    assert {r["variant"]: r for r in against_baseline([*rows, record(BASELINE, 2, 0.9)])}["BNPO"]["differs"]
+
+
+class Runs:
+    """Stands in for the runs, in threads: `begun` are those that were; `events` maps a variant to what it does."""
+
+    def __init__(self, monkeypatch, **events):
+        self.begun, self.events = [], events
+        monkeypatch.setattr(ablation, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+        monkeypatch.setattr(ablation, "_warm_up", lambda recipe, settings, seed, folder: self.run("warm-up", seed))
+        monkeypatch.setattr(ablation, "_one", lambda recipe, settings, name, seed, folder: self.run(name, seed))
+        monkeypatch.setattr(ablation, "_check_recipes", lambda *_: None)
+
+    def run(self, name, seed):
+        self.begun.append(name)
+        self.events.get(name, lambda: None)()
+        return [record(name, seed, 0.5)]
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("error, raised", [(RuntimeError("It broke."), RuntimeError), (KeyboardInterrupt(), Stopped)])
+def test_after_an_error_no_run_is_begun_and_what_is_done_is_kept(tmp_path, monkeypatch, error, raised):
+    runs, said = Runs(monkeypatch, BNPO=lambda: fail(error)), []
+    with pytest.raises(raised) as stopped:
+        ablate(tmp_path, [0], [BASELINE, "BNPO", "GSPO", "CISPO"], say=said.append)
+    assert str(tmp_path) in str(stopped.value) or stopped.value is error
+    assert runs.begun == ["warm-up", BASELINE, "BNPO"]
+    assert (said[-1] == "seed 0, BNPO: failed") == (raised is RuntimeError)
+    assert [r["variant"] for r in read_jsonl(tmp_path / "results.jsonl")] == ["warm-up", BASELINE]
+    runs.events = {}
+    more = ablate(tmp_path, [0], [BASELINE, "BNPO", "GSPO", "CISPO"], say=said.append)
+    assert [r["variant"] for r in more] == ["warm-up", BASELINE, "BNPO", "GSPO", "CISPO"]
+
+
+def test_what_is_under_way_beside_an_error_is_kept(tmp_path, monkeypatch):
+    told = threading.Event()
+    runs = Runs(monkeypatch, GSPO=lambda: told.wait(60), BNPO=lambda: fail(RuntimeError("It broke.")))
+    with pytest.raises(RuntimeError, match="It broke"):
+        ablate(tmp_path, [0], ["GSPO", "BNPO", "CISPO"], workers=2, say=lambda text: "waiting" in text and told.set())
+    assert told.is_set() and "CISPO" not in runs.begun
+    assert [r["variant"] for r in read_jsonl(tmp_path / "results.jsonl")] == ["warm-up", "GSPO"]
+
+
+def test_ctrl_c_between_two_runs_loses_none(tmp_path, monkeypatch):
+    runs = Runs(monkeypatch)
+    with pytest.raises(Stopped):
+        ablate(tmp_path, [0], [BASELINE, "GSPO"], say=lambda text: BASELINE in text and fail(KeyboardInterrupt()))
+    assert runs.begun == ["warm-up", BASELINE]
+    assert [r["variant"] for r in read_jsonl(tmp_path / "results.jsonl")] == ["warm-up", BASELINE]
+
+
+@pytest.mark.parametrize("settings, sentence", [
+    (["grpo.stepz=5"], "There is no setting 'grpo.stepz'"),
+    (["grpo.credit=step"], "grpo.credit=step needs"),  # some variants are at odds with it, the baseline is not
+    (["task=propositional_logic", "grpo.stratified=true"], "leave out grpo.stratified"),
+])  # fmt: skip
+def test_a_setting_that_will_not_do_is_told_before_anything_is_run(tmp_path, monkeypatch, settings, sentence):
+    monkeypatch.setattr(ablation, "ProcessPoolExecutor", None)  # not to be called
+    with pytest.raises(ValueError, match=sentence) as refusal:
+        ablate(tmp_path / "a", settings=[*settings, "train_size=96", "evaluation.size=6"])
+    assert "\n" not in str(refusal.value) and not (tmp_path / "a").exists()
+
+
+def test_results_of_another_recipe_or_other_settings_are_not_mixed(tmp_path, monkeypatch):
+    runs = Runs(monkeypatch)
+    again = {"out": tmp_path, "seeds": [0], "say": lambda text: None}
+    first = ablate(variants=[BASELINE], settings=("grpo.steps=5",), **again)
+    for other, sentence in (
+        (
+            {"settings": ["grpo.steps=6"]},
+            r"the settings \['grpo.steps=5'\], not \['grpo.steps=6'\]: choose another --out",
+        ),
+        ({}, r"the settings \['grpo.steps=5'\], not \[\]"),
+        ({"settings": ["grpo.steps=5"], "recipe": "smollm2-135m-cpu"}, "the recipe 'pocket', not 'smollm2-135m-cpu'"),
+    ):
+        with pytest.raises(ValueError, match=sentence) as refusal:
+            ablate(variants=["GSPO"], **other, **again)
+        assert "\n" not in str(refusal.value)
+    assert runs.begun == ["warm-up", BASELINE] and read_jsonl(tmp_path / "results.jsonl") == first
+    more = ablate(variants=[BASELINE, "GSPO"], settings=["grpo.steps=5"], **again)
+    assert more[: len(first)] == first and more[-1]["variant"] == "GSPO"
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"recipe: pocket\nsettings:\n- grpo.st", b"- a", b"recipe: [", b"\xff\x00", b"a"]
+)
+def test_a_damaged_account_of_an_ablation_is_one_sentence(tmp_path, text):
+    (tmp_path / "ablation.yaml").write_bytes(text)
+    with pytest.raises(ValueError, match="ablation.yaml is damaged, .*: choose another --out, or delete") as refusal:
+        ablate(tmp_path, [0], [BASELINE])
+    assert "\n" not in str(refusal.value) and [path.name for path in tmp_path.iterdir()] == ["ablation.yaml"]
+
+
+@pytest.mark.parametrize("name", ["ablation", "ablation-credit"])
+def test_a_recorded_ablation_can_go_on_though_it_knew_fewer_variants(name):
+    ablation._check_same(Path(ablation.__file__).parent / "recorded" / name / "ablation.yaml", "pocket", ())

@@ -1,5 +1,6 @@
 """Our reward and questions in other trainers, called the way those trainers call them."""
 
+import ast
 import asyncio
 import importlib.util
 import math
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +66,7 @@ def test_the_article_s_buffer_has_no_word_in_trl():
 
 
 OTHER = GRPOConfig(
-    steps=7, questions_per_rollout=2, group_size=4, buffer_size=16, updates_per_buffer=3, minibatch_size=4,
+    steps=7, questions_per_rollout=4, group_size=4, buffer_size=16, updates_per_buffer=3, minibatch_size=4,
     gradient_accumulation=2, learning_rate=3e-4, temperature=0.6, top_p=0.8, max_new_tokens=77, scale="batch",
     max_grad_norm=0.5, gradient_checkpointing=True, checkpoint_every=5,
     loss=LossConfig("cispo", "sequence", 0.11, 4.5, 0.03, 0.02, True, correction="token_mask", correction_cap=2.5),
@@ -118,6 +120,14 @@ def test_no_setting_is_forgotten(tmp_path):
         ({"credit": "step"}, "leave out credit"),
         ({"later_temperature": 1.3}, "leave out later_temperature"),
         ({"scale": "mean"}, "set scale to group"),
+        (
+            {"scale": "batch", "buffer_size": 96},
+            "several rollouts (set scale to group, or questions_per_rollout to 16)",
+        ),
+        (
+            {"scale": "batch", "buffer_size": 49},
+            "several rollouts (set scale to group, or questions_per_rollout to 16)",
+        ),
         ({"minibatch_size": 20}, "48 responses a step, 20 a minibatch"),
         ({"gradient_accumulation": 2}, "unequal size"),
         ({"loss": LossConfig(correction="token_truncate")}, "use_vllm=True"),
@@ -139,6 +149,19 @@ def test_the_buffer_size_that_the_sentence_names_will_do(settings, tmp_path):
         trl_config(config)
     size = int(re.search("set buffer_size to ([0-9]+)", str(error.value))[1])
     assert trl_config(replace(config, buffer_size=size), output_dir=str(tmp_path)).generation_batch_size == size
+
+
+@pytest.mark.parametrize("size", [96, 500])  # 500 is uneven too
+def test_the_std_of_a_batch_is_trl_s_where_a_step_is_one_rollout(size, tmp_path):
+    config = GRPOConfig(scale="batch", buffer_size=size)
+    with pytest.raises(ValueError, match="the std over each of several rollouts") as error:
+        trl_config(config)
+    told = {
+        key: int(number)
+        for key, number in re.findall("(questions_per_rollout|buffer_size) to ([0-9]+)", str(error.value))
+    }
+    theirs = trl_config(replace(config, **told), output_dir=str(tmp_path))
+    assert theirs.scale_rewards == "batch" and theirs.generation_batch_size == told["questions_per_rollout"] * 6 >= size
 
 
 def test_all_that_trl_lacks_is_one_sentence():
@@ -318,6 +341,15 @@ def test_chat_fields_hold_prompt_and_example(name):
         roles = [{"role": "system", "content": row["system_prompt"]}, {"role": "user", "content": row["prompt"]}]
         assert roles == messages(example.question) and row["task"] == name
         assert Example(row["question"], row["answer"], row["metadata"]) == example
+
+
+def test_the_taskset_has_every_weight_of_the_reward():
+    """Read, not imported: `verifiers` is no dependency of ours."""
+    [config] = [node for node in ast.parse((Path(bridges.__file__).parent / "taskset.py").read_text()).body
+                if isinstance(node, ast.ClassDef) and node.name == "QuestionConfig"]  # fmt: skip
+    theirs = [(line.target.id, line.annotation.id, ast.literal_eval(line.value)) for line in config.body
+              if isinstance(line, ast.AnnAssign)]  # fmt: skip
+    assert theirs == [(f.name, f.type.__name__, f.default) for f in fields(RewardConfig)]
 
 
 @pytest.mark.parametrize("name", TASK_NAMES)

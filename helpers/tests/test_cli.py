@@ -4,15 +4,20 @@ import io
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 
 from helpers import models, pipeline, recipes
-from helpers.__main__ import EXAMPLES, main, parser
+from helpers.__main__ import EXAMPLES, load_target, main, parser
+from helpers.decoder import Decoder
+from helpers.hygiene import Stopped
 from helpers.models import MODELS, add_lora, load_model, save_adapter
 from helpers.recipes import load_recipe, recipe_names
 from helpers.runs import Run
@@ -190,6 +195,16 @@ def test_a_run_that_is_stopped_says_how_to_go_on(monkeypatch, capsys, tmp_path):
         assert parser().parse_args(command.split()[3:]).resume
 
 
+def test_an_ablation_that_is_stopped_ends_in_one_sentence(monkeypatch, capsys, tmp_path):
+    def stopped(*_, **__):
+        raise Stopped("Stopped; what is done is kept.")
+
+    monkeypatch.setattr("helpers.ablation.ablate", stopped)
+    with pytest.raises(SystemExit) as end:
+        main(["ablation", "--out", str(tmp_path)])
+    assert end.value.code == 130 and capsys.readouterr().err == "\nStopped; what is done is kept.\n"
+
+
 # --- from end to end ---
 
 
@@ -242,6 +257,38 @@ def test_a_stage_is_evaluated_with_its_own_weights(trained, capsys, monkeypatch)
     assert "McNemar" not in capsys.readouterr().out  # three targets
 
 
+def test_other_held_out_questions_and_every_answer_kept(trained, capsys, tmp_path):
+    folder, _ = trained
+    kept = tmp_path / "new" / "answers.jsonl"
+    command = ["evaluate", f"{folder}@sft", f"{folder}@grpo", "--size", "6", "--questions", "1", "--out", str(kept)]
+    assert main([*command, *SHORT]) == 0
+    answers = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [a["target"] for a in answers] == [f"{folder}@sft"] * 6 + [f"{folder}@grpo"] * 6
+    asked = [example.answer for example in load_task("letter_counting", "test", 6, seed=1)]
+    assert [a["truth"] for a in answers] == asked * 2
+    assert not {e.question for e in load_task("letter_counting", "test", 6, seed=1)} & {
+        e.question for e in load_task("letter_counting", "test", 6)}  # fmt: skip
+    capsys.readouterr()
+    before = kept.read_bytes()
+    assert refused([*command, *SHORT], capsys) == f"{kept} exists: choose another --out, or delete it."
+    assert kept.read_bytes() == before
+
+
+def test_a_run_that_samples_in_bfloat16_is_evaluated_and_asked_in_it(trained, capsys, monkeypatch, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["recipe"]["sampler_dtype"] = "bfloat16"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    model, _, task = load_target(str(folder), None)
+    assert isinstance(model, Decoder) and model.dtype == torch.bfloat16 and task == "letter_counting"
+    assert main(["evaluate", str(folder), "--size", "6", *SHORT]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert main(["chat", str(folder), *SHORT]) == 0
+    shown = capsys.readouterr().out
+    assert f"{folder} on letter_counting: " in shown and "(true answer: " in shown
+
+
 def test_results_are_those_the_run_logged(trained, capsys, tmp_path):
     folder, said = trained
     Run.start(tmp_path / "new", load_recipe("pocket"), "cpu")
@@ -255,6 +302,13 @@ def test_results_are_those_the_run_logged(trained, capsys, tmp_path):
         assert columns[2].startswith(f"{100 * one['accuracy']:.1f} (") and columns[5] == "33.3"
         assert columns[3].startswith(f"{100 * other['accuracy']:.1f} (") and columns[8] == "6 |"
     assert [greedy, sampled] == [f"run: {line}" for line in said[-2:]]
+
+
+def test_results_of_a_run_without_a_warm_up_are_against_the_model_as_it_came(capsys):
+    folder = str(Path(__file__).parents[1] / "recorded/smollm2-135m-no-warm-up-gpu-seed0")
+    assert main(["results", folder, folder]) == 0
+    greedy, sampled, *again = lines(capsys.readouterr().out)[-4:]
+    assert again == [greedy, sampled] and greedy.startswith("smollm2-135m-no-warm-up-gpu-seed0: base -> grpo, greedy: ")
 
 
 def test_several_samples_show_pass_at_k_and_no_paired_test(trained, capsys):

@@ -22,7 +22,7 @@ from helpers.losses import LossConfig, policy_loss
 from helpers.models import add_lora, bare
 from helpers.pocket import pocket_tokenizer
 from helpers.prompts import completion
-from helpers.rewards import Reward
+from helpers.rewards import Reward, RewardConfig
 from helpers.rollout import Response
 from helpers.runs import Run, trained_weights
 from helpers.tasks import Example, Task, load_task
@@ -89,17 +89,19 @@ def train(model, config=SMALL, **more):
 
 def test_from_some_step_on_a_run_is_one_of_another_temperature(tmp_path):
     """As if it had been stopped there and gone on with that temperature; not before, and not in part."""
+    # With old and reference log-probs of their own, which must be at the step's temperature as well.
+    config = replace(SMALL, steps=4, updates_per_buffer=2, measure_kl=True)
     whole = tiny_model()
-    history = train(whole, replace(SMALL, steps=4, later_temperature=1.3, later_after=2))
+    history = train(whole, replace(config, later_temperature=1.3, later_after=2))
     parts, run = tiny_model(), Run(tmp_path)
-    stopped = train(parts, replace(SMALL, steps=2, checkpoint_every=2), run=run)
-    went_on = train(parts, replace(SMALL, steps=4, temperature=1.3), run=run)
+    stopped = train(tiny_model(), replace(config, steps=2, checkpoint_every=2), run=run)
+    went_on = train(parts, replace(config, temperature=1.3), run=run)
+    same = FIELDS - {"tokens_per_second", "seconds_sampling", "seconds_learning"} | {"kl"}
     for mine, theirs in zip(history, [*stopped, *went_on], strict=True):
-        timed = {"tokens_per_second", "seconds_sampling", "seconds_learning"}
-        assert {k: mine[k] for k in FIELDS - timed} == {k: theirs[k] for k in FIELDS - timed}
+        assert {k: mine[k] for k in same} == {k: theirs[k] for k in same}
     assert all(map(torch.equal, whole.parameters(), parts.parameters()))
     as_before = tiny_model()
-    train(as_before, replace(SMALL, steps=4))
+    train(as_before, config)
     assert not all(map(torch.equal, whole.parameters(), as_before.parameters()))
 
 
@@ -493,6 +495,23 @@ def test_a_task_without_a_list_of_answers_cannot_be_stratified():
     task = load_task("propositional_logic", size=4)
     with pytest.raises(ValueError, match="leave out grpo.stratified"):
         grpo(tiny_model(), TOKENIZER, task, replace(SMALL, stratified=True), progress=False)
+
+
+@pytest.mark.parametrize("name", ["syllogism", "letter_counting"])
+def test_answers_that_are_not_equally_frequent_cannot_be_stratified(name):
+    task = load_task(name, size=60, balanced=False)
+    with pytest.raises(ValueError, match=f"^{name}'s answers are not equally frequent: set balanced, or leave out "):
+        check_fits(replace(SMALL, stratified=True), task)
+    check_fits(SMALL, task)
+    check_fits(replace(SMALL, stratified=True), load_task(name, size=61))
+
+
+def test_with_credit_by_the_step_a_reward_below_0_does_no_harm():
+    task = load_task("letter_counting", size=4)
+    reward = Reward(task, RewardConfig(correct=0.0, format=0.0, length=1.0, length_target=1))
+    settings = replace(SMALL, steps=1, credit="step", scale="mean")
+    [record] = grpo(tiny_model(), TOKENIZER, task, settings, reward=reward, progress=False)
+    assert record["reward"] < 0
 
 
 def test_the_loop_fills_the_buffer_with_rollouts_that_do_not_repeat(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,24 @@ def test_both_stages_moved_the_weights(whole):
     assert metrics[7]["kl"] > metrics[4]["kl"]
 
 
+def test_a_run_made_longer_is_evaluated_again_and_only_where_it_changed(whole, tmp_path):
+    old, folder, said = whole[0], tmp_path / "run", []
+    shutil.copytree(old.folder, folder)
+    text = (folder / "config.yaml").read_text()
+    assert text.count("    steps: 4\n") == 1
+    (folder / "config.yaml").write_text(text.replace("    steps: 4\n", "    steps: 6\n"))
+    run = train(load_recipe("pocket", TINY), folder, resume=True, say=said.append)
+    assert [line[:5] for line in said if line[4:5] == ":"] == ["grpo:", "grpo:"]
+    assert [(e["stage"], e["step"]) for e in run.records("eval")[::2]] == [("base", 0), ("sft", 4), ("grpo", 6)]
+    assert run.records("eval")[:4] == old.records("eval")[:4]
+    for decoding in ("greedy", "sampled"):
+        assert len(run.records(f"evaluations/grpo-{decoding}")) == 9
+    assert said[-1] == compare(run, "sft", "grpo", "sampled")
+    before = (folder / "eval.jsonl").read_bytes()
+    train(load_recipe("pocket", TINY), folder, resume=True, **SILENT)
+    assert (folder / "eval.jsonl").read_bytes() == before
+
+
 def test_an_evaluation_s_summary_is_that_of_its_responses(whole):
     run, _ = whole
     for r in run.records("eval"):
@@ -186,7 +205,7 @@ def train_and_kill(recipe, folder, monkeypatch, points):
     points, log, replace = list(points), Run.log, os.replace
 
     def killing_log(run, name, record):
-        if points and points[0] == (name, record["stage"], record.get("step", record.get("decoding"))):
+        if points and points[0] == (name, record["stage"], record.get("decoding", record.get("step"))):
             points.pop(0)
             with open(run.folder / f"{name}.jsonl", "ab") as file:
                 file.write((json.dumps({"text": "→", **record}, ensure_ascii=False)).encode()[:11])

@@ -1,9 +1,36 @@
 """Figures of numbers: what is drawn, read off the figures."""
 
 import numpy as np
+import pytest
 from matplotlib.colors import to_rgb
 
 from helpers import plots
+
+
+@pytest.mark.parametrize(
+    ("rewards", "ends"),
+    [
+        ((0.2, 0.6, 1.0), (0.0, 1.02)),
+        ((0.7, 1.1, 1.58), (0.0, 1.02 * 1.58)),  # a derivation or steps paid for on top
+        ((-0.5, 0.3, 0.9), (1.02 * -0.5, 1.02)),  # a length penalty
+    ],
+    ids=["usual", "above 1", "below 0"],
+)
+def test_no_reward_of_a_step_lies_outside_of_the_training_curves(rewards, ends):
+    metrics = [
+        {"step": i, "reward": reward, "reward_std": 0.4, "no_signal": 0.5, "entropy": 0.1}
+        for i, reward in enumerate(rewards, start=1)
+    ]
+    left = plots.training_curves(metrics).axes[0]
+    assert left.get_ylim() == pytest.approx(ends)
+    assert (rewards[-1] > 1 or rewards[0] < 0) or left.get_ylim() == (0, 1.02)
+    dots, _ = left.lines
+    assert list(dots.get_ydata()) == list(rewards)
+    [band] = left.collections
+    corners = band.get_paths()[0].vertices
+    for step, mean in enumerate(plots.smooth(rewards), start=1):
+        top = corners[corners[:, 0] == step, 1].max()
+        assert top == pytest.approx(min(mean + 0.4, max(1.0, *rewards)))
 
 
 def test_advantage_grids_write_rewards_plainly_and_advantages_with_their_sign():
@@ -106,7 +133,9 @@ def test_ablation_intervals_fill_what_parts_from_0_and_mark_what_lies_beyond_the
     def row(variant, gain, low, high):
         return {"variant": variant, "gain": gain, "gain_low": low, "gain_high": high, "differs": low > 0 or high < 0}
 
-    rows = [row("baseline", 0.0, 0.0, 0.0), row("same", 0.01, -0.02, 0.04), row("better", 0.05, 0.02, 0.08),
+    lone = dict.fromkeys(("gain", "gain_low", "gain_high", "differs"))  # no seed of the baseline's
+    rows = [row("baseline", 0.0, 0.0, 0.0), {"variant": "lone", **lone}, row("same", 0.01, -0.02, 0.04),
+            row("better", 0.05, 0.02, 0.08),
             row("gone", -0.9, -1.0, -0.8), row("one seed", 0.02, -np.inf, np.inf)]  # fmt: skip
     [ax] = plots.ablation_intervals(rows, limits=(-20, 20)).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["same", "better", "gone", "one seed"]

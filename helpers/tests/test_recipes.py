@@ -117,6 +117,8 @@ def test_settings_count_in_order_and_leave_their_neighbours():
          "sft.warmup and sft.decay are shares from 0 to 1; learning_rate and max_grad_norm are above 0."),
         (["reward.correct=-1"], "The reward's correct must be a number of 0 or more, not -1.0."),
         (["reward.length=1"], "A reward with a length weight needs a length_target of 1 word or more."),
+        (["grpo.scale=mean", "reward.length=0.3", "reward.length_target=2"],
+         "grpo.scale=mean needs rewards of 0 or more: leave out reward.length, or set another scale."),
         (["grpo.loss.loss_type=ppo"], "loss_type must be one of grpo, bnpo, dr_grpo, dapo, cispo, not 'ppo'."),
     ],
 )  # fmt: skip

@@ -96,6 +96,18 @@ def test_the_band_of_the_reward_is_its_standard_deviation_and_stays_between_0_an
             )
 
 
+def test_rewards_above_1_and_below_0_have_room_and_all_panels_have_one_scale(tmp_path):
+    runs = {"paid more": make_run(tmp_path / "1", rewards=(0.7, 1.6)), "usual": make_run(tmp_path / "2"),
+            "penalty": make_run(tmp_path / "3", rewards=(-0.2, 0.9))}  # fmt: skip
+    axes = reports.reward_curves(runs).axes
+    assert [ax.get_ylim() for ax in axes] == [pytest.approx((1.02 * -0.2, 1.02 * 1.6))] * 3
+    heights = [ax.collections[0].get_paths()[0].vertices[:, 1] for ax in axes]
+    tops, bottoms = [h.max() for h in heights], [h.min() for h in heights]
+    assert tops[0] == pytest.approx(1.6) and tops[1] == 1 and bottoms[2] == pytest.approx(-0.2)
+    [usual] = reports.reward_curves({"usual": runs["usual"]}).axes
+    assert usual.get_ylim() == (0, 1.02)
+
+
 def test_lines_by_step_have_a_panel_a_metric_and_a_style_a_run(tmp_path):
     runs = {"one": make_run(tmp_path / "1"), "two": make_run(tmp_path / "2", no_signal=0.7, steps=9)}
     fig = reports.step_lines(runs, {"no_signal": "Without signal", "length": "Tokens"})
@@ -165,7 +177,8 @@ def test_a_table_of_responses_shows_what_was_written_and_no_mark_up_of_it(tmp_pa
 # --- the diagnosis ---
 
 FAULTS = {
-    "every reward 0": (dict(rewards=(0, 0)), ["Every reward in 20 steps is 0"]),
+    "every reward 0": (dict(rewards=(0, 0), no_signal=1.0), ["Every reward in 20 steps is 0"]),
+    "only steps paid": (dict(rewards=(0, 0)), ["The reward has no clear trend (first 4 steps 0.00, last 4 steps 0"]),
     "flat": (dict(rewards=(0.5, 0.5)), ["The reward has no clear trend (first 4 steps 0.50, last 4 steps 0.50)"]),
     "fell": (dict(rewards=(0.7, 0.3)), ["The reward fell (first 4 steps 0.67, last 4 steps 0.33)"]),
     "slow": (dict(no_signal=0.6), ["Learning has slowed down: 60 % of the groups of the last 4 steps"]),

@@ -146,6 +146,22 @@ def test_parts_grow_with_their_setting_and_with_no_other():
     assert many.rollout == settings(questions_per_rollout=64).rollout
 
 
+def test_scores_are_those_of_whichever_temperature_takes_more():
+    """Another temperature than 1 takes one more number for each entry of the vocabulary, in whichever steps it has."""
+    recipe = load_recipe("smollm2-135m-cpu")
+
+    def scores(**changes):
+        return estimate(replace(recipe, grpo=replace(recipe.grpo, steps=10, top_p=1.0, **changes))).rollout["scores"]
+
+    plain, scaled = scores(temperature=1.0), scores(temperature=1.3)
+    assert scaled > plain
+    assert scores(temperature=1.0, later_temperature=1.3, later_after=9) == scaled
+    assert scores(temperature=1.3, later_temperature=1.0, later_after=5) == scaled
+    # A temperature that no step has takes nothing.
+    assert scores(temperature=1.0, later_temperature=1.3, later_after=10) == plain
+    assert scores(temperature=1.3, later_temperature=1.0, later_after=0) == plain
+
+
 def test_seconds_are_bound_by_memory_arithmetic_or_layers():
     found = estimate(load_recipe("article-smollm-135m"))
     seconds = found.seconds(1e15, 1e12)

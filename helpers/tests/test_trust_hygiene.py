@@ -1,6 +1,7 @@
 """A run that computes nonsense stops before it is learned; one that goes nowhere says why, once."""
 
 import json
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -179,6 +180,20 @@ def test_five_steps_in_a_row_without_no_signalare_told_once():
     assert said(*steps(20, no_signal=0.9)) == [(5, "For 5")]
     broken = [*steps(4, no_signal=1.0), *steps(1, first=5), *steps(4, first=6, no_signal=1.0)]
     assert said(*broken) == [] and said(*broken, *steps(1, first=10, no_signal=0.95)) == [(10, "For 5")]
+
+
+def test_what_is_equal_where_there_is_no_signal_depends_on_the_credit():
+    """By the step, rewards that differ may go with no signal."""
+    *earlier, last = steps(5, no_signal=1.0, reward_std=0.3)
+    for credit, equal in (("response", "equal rewards"), ("step", "equally right steps")):
+        [sentence] = Watch(earlier, credit)(last)
+        assert f"had {equal}, which teach nothing: " in sentence
+
+
+def test_an_error_comes_back_whole_from_another_process():
+    for error in (NotFinite("loss (nan)", [1]), NotFinite("weight", text="A weight is no finite number.")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (str(again), again.what, again.experiences) == (str(error), error.what, error.experiences)
 
 
 def test_a_missing_format_is_told_at_the_start_alone():
