@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from helpers.benchmark import best_ratio, profile_table, table
+from helpers.evaluate import wilson
 from helpers.pipeline import compare, results_table
 from helpers.runs import Run
+from helpers.tasks import load_task
 
 ROOT = Path(__file__).parents[2]
 RECORDED = sorted(path.parent for path in (ROOT / "helpers/recorded").glob("*/config.yaml"))
@@ -67,6 +69,23 @@ def test_recorded_tables_are_what_the_recorded_runs_say():
     for folder in whole:
         for decoding in ("greedy", "sampled"):
             assert compare(Run.open(folder), "sft", "grpo", decoding) in page
+
+
+def test_what_is_said_of_other_questions_is_what_was_answered():
+    readme, files = (ROOT / "README.md").read_text(), sorted(RECORDED[0].parent.glob("*/fresh-*.jsonl"))
+    assert len(files) == 4
+    for file in files:
+        run = Run.open(file.parent)
+        asked = load_task(run.config["recipe"]["task"], "test", 600, seed=1)
+        answers = [r for r in run.records(file.stem) if r["target"].endswith("@grpo")]
+        assert [r["truth"] for r in answers] == [example.answer for example in asked]
+        assert all(r["correct"] == asked.score(r["answer"], asked[r["question"]]) for r in answers)
+        right = sum(r["correct"] == 1 for r in answers)
+        low, high = (100 * end for end in wilson(right, 600))
+        said = f"{right / 6:.1f} ({low:.1f} to {high:.1f})|{right / 6:.1f} % ({low:.1f} to {high:.1f})".split("|")
+        assert any(text in readme for text in said), said
+    before = {e.question for e in load_task("syllogism", "test", 300)}
+    assert not before & {e.question for e in load_task("syllogism", "test", 600, seed=1)}
 
 
 @pytest.mark.parametrize("folder", RECORDED, ids=lambda path: path.name)
