@@ -135,8 +135,9 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, say=tqdm.write,
 def _evaluate_stage(run: Run, stage: str, model, tokenizer, test: Task, recipe: Recipe, say) -> None:
     step = (run.newest(stage) or {"step": 0})["step"]
     # By a run that was stopped later. One that was made longer since then is another policy, and evaluated again.
-    kept = [r for r in run.records("eval") if r["stage"] != stage or r.get("step", step) == step]
-    if len(kept) < len(run.records("eval")):
+    logged = run.records("eval")
+    kept = [r for r in logged if r["stage"] != stage or r.get("step", step) == step]
+    if len(kept) < len(logged):
         run.write_records("eval", kept)
     done = {r["decoding"] for r in kept if r["stage"] == stage}
     wanted = {"greedy": 0.0, "sampled": recipe.evaluation.temperature}

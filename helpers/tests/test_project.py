@@ -72,7 +72,8 @@ def test_recorded_tables_are_what_the_recorded_runs_say():
 
 
 def test_what_is_said_of_other_questions_is_what_was_answered():
-    readme, files = (ROOT / "README.md").read_text(), sorted(RECORDED[0].parent.glob("*/fresh-*.jsonl"))
+    readme = (ROOT / "README.md").read_text().replace(" %", "")
+    files = sorted(RECORDED[0].parent.glob("*/fresh-*.jsonl"))
     assert len(files) == 4
     for file in files:
         run = Run.open(file.parent)
@@ -82,8 +83,7 @@ def test_what_is_said_of_other_questions_is_what_was_answered():
         assert all(r["correct"] == asked.score(r["answer"], asked[r["question"]]) for r in answers)
         right = sum(r["correct"] == 1 for r in answers)
         low, high = (100 * end for end in wilson(right, 600))
-        said = f"{right / 6:.1f} ({low:.1f} to {high:.1f})|{right / 6:.1f} % ({low:.1f} to {high:.1f})".split("|")
-        assert any(text in readme for text in said), said
+        assert f"{right / 6:.1f} ({low:.1f} to {high:.1f})" in readme
     before = {e.question for e in load_task("syllogism", "test", 300)}
     assert not before & {e.question for e in load_task("syllogism", "test", 600, seed=1)}
 
